@@ -1,0 +1,4 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! Host end of the guest agent: handshake, calls, stdio streams and events.
