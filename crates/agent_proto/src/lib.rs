@@ -2,3 +2,63 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! Versioned messages between the shim and the guest agent, and the stdio stream header.
+//!
+//! Three things cross the border between host and guest:
+//!
+//! | what | port | opened by | form |
+//! |---|---|---|---|
+//! | control | [`CONTROL_PORT`] | the guest, when it is ready | one [`api::Hello`] frame ([`hello`]), then ttrpc with the guest as server |
+//! | stdio | [`STDIO_PORT`] | the host, one connection a stream | one [`StreamHeader`], then raw bytes |
+//!
+//! Raw bytes carry no frames, so that each end can splice. How many there are is said on the control connection:
+//! [`api::StreamEnded`] for output, [`api::CloseStdinRequest`] for input. Nobody has to trust a half-close.
+#![forbid(unsafe_code)]
+
+use ids::VsockPort;
+
+pub mod hello;
+pub mod layout;
+mod stream_header;
+
+pub use stream_header::{HeaderError, MAX_HEADER_LEN, ProcessKey, StreamHeader, StreamKind};
+
+/// The version of everything in this crate. Host and guest come from one release, so a difference is refused.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// The host port that the agent dials when it is ready.
+pub const CONTROL_PORT: VsockPort = VsockPort(1024);
+
+/// The guest port on which the agent accepts stdio streams.
+pub const STDIO_PORT: VsockPort = VsockPort(1025);
+
+/// How long [`api::NextEventsRequest`] waits for an event before it is answered with none.
+pub const NEXT_EVENTS_WAIT: std::time::Duration = std::time::Duration::from_secs(10);
+
+pub use agent as api;
+
+/// Messages of `proto/agent.proto`; the service's code wants this name for them.
+#[expect(
+    missing_docs,
+    nonstandard_style,
+    unused_mut,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction,
+    reason = "generated code"
+)]
+pub mod agent {
+    include!(concat!(env!("OUT_DIR"), "/agent.rs"));
+}
+
+/// The ttrpc service of `proto/agent.proto`.
+#[expect(
+    missing_docs,
+    unused_imports,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction,
+    reason = "generated code"
+)]
+pub mod service {
+    include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+}

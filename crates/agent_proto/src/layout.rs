@@ -1,0 +1,35 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! Where things are in the guest, for both ends: the host writes these paths into the specs that it translates.
+
+use ids::ContainerId;
+
+/// The agent's own tmpfs.
+pub const RUN_DIR: &str = "/run/coffer";
+
+/// Where the scratch disk is mounted.
+pub const SCRATCH_DIR: &str = "/run/coffer/scratch";
+
+/// The pod's shared memory, behind every container's `/dev/shm` that CRI shares.
+pub const SHM_DIR: &str = "/run/coffer/shm";
+
+/// The folder of one container: rootfs, bundle and copied mounts.
+pub fn container_dir(id: &ContainerId) -> String {
+    format!("{RUN_DIR}/containers/{id}")
+}
+
+/// The root file system of a container.
+pub fn rootfs(id: &ContainerId) -> String {
+    format!("{}/rootfs", container_dir(id))
+}
+
+/// The copy of the host files that the `index`th copied mount of a container names.
+pub fn copied_mount(id: &ContainerId, index: u32) -> String {
+    format!("{}/copied/{index}", container_dir(id))
+}
+
+/// An emptyDir on the scratch disk, shared by the containers of the pod. `name` is one path component.
+pub fn scratch_volume(name: &str) -> String {
+    format!("{SCRATCH_DIR}/volumes/{name}")
+}
