@@ -1,0 +1,268 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! A split virtqueue from the device's side (virtio v1.3 §2.7), with every guest mistake an error.
+
+use std::sync::atomic::Ordering;
+
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Queue as Ring, QueueOwnedT, QueueT};
+use virtio_wire::Features;
+use vm_memory::{GuestAddress, GuestMemory};
+
+use crate::chain::ChainRules;
+use crate::{Chain, DeviceError, Interrupt, Progress};
+
+/// Largest queue any device offers; also bounds the descriptors of a chain, so that its buffers fit one `preadv`
+/// (the kernel's `IOV_MAX`).
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+
+/// Chains that one call of [`Queue::serve`] handles before others get their turn.
+pub const MAX_CHAINS_PER_WAKE: u32 = 256;
+
+/// Bytes after which one call of [`Queue::serve`] takes no further chain.
+pub const MAX_BYTES_PER_WAKE: u64 = 8 << 20;
+
+/// A queue's registers and position: what the driver sets up, what is saved, what activation starts from.
+///
+/// The transport writes the fields as the driver writes its registers; nothing is checked until [`Queue::new`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueState {
+    /// Entries; a power of two, at most what the device offered.
+    pub size: u16,
+    /// Whether the driver has enabled it.
+    pub ready: bool,
+    /// Guest address of the descriptor table (16-byte aligned).
+    pub desc_table: u64,
+    /// Guest address of the available ring, the driver's area (2-byte aligned).
+    pub avail_ring: u64,
+    /// Guest address of the used ring, the device's area (4-byte aligned).
+    pub used_ring: u64,
+    /// Position in the available ring up to which chains were taken.
+    pub next_avail: u16,
+    /// Position in the used ring up to which chains were given back.
+    pub next_used: u16,
+}
+
+/// A validated, live queue.
+///
+/// Invariants: the size is a power of two up to [`MAX_QUEUE_SIZE`], and the rings were inside guest memory at
+/// creation; later accesses are checked again. An error from any method is final: the queue must not be used again.
+pub struct Queue {
+    index: u16,
+    ring: Ring,
+    indirect: bool,
+    max_chain_bytes: u32,
+}
+
+impl Queue {
+    /// Checks `state` against the rules and against memory.
+    ///
+    /// # Errors
+    /// [`DeviceError::Queue`] names the rule.
+    pub fn new<M: GuestMemory>(
+        index: u16,
+        state: &QueueState,
+        features: Features,
+        max_chain_bytes: u32,
+        mem: &M,
+    ) -> Result<Self, DeviceError> {
+        let bad = |reason| DeviceError::Queue {
+            queue: index,
+            reason,
+        };
+        let mut ring = Ring::new(MAX_QUEUE_SIZE).map_err(|_| bad("the size limit is wrong"))?;
+        ring.try_set_size(state.size).map_err(|_| {
+            bad("its size is zero, too large or not a power of two (virtio v1.3 §2.7)")
+        })?;
+        ring.try_set_desc_table_address(GuestAddress(state.desc_table))
+            .map_err(|_| bad("its descriptor table is not aligned to 16 (virtio v1.3 §2.7)"))?;
+        ring.try_set_avail_ring_address(GuestAddress(state.avail_ring))
+            .map_err(|_| bad("its available ring is not aligned to 2 (virtio v1.3 §2.7)"))?;
+        ring.try_set_used_ring_address(GuestAddress(state.used_ring))
+            .map_err(|_| bad("its used ring is not aligned to 4 (virtio v1.3 §2.7)"))?;
+        ring.set_ready(state.ready);
+        ring.set_next_avail(state.next_avail);
+        ring.set_next_used(state.next_used);
+        ring.set_event_idx(features.contains(Features::RING_EVENT_IDX));
+        if state.avail_ring == 0 || !ring.is_valid(mem) {
+            return Err(bad(
+                "it is not enabled or its rings are outside guest memory",
+            ));
+        }
+        Ok(Self {
+            index,
+            ring,
+            indirect: features.contains(Features::RING_INDIRECT_DESC),
+            max_chain_bytes,
+        })
+    }
+
+    /// Index of the queue in its device.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Takes the next available chain into `chain`; false if there is none.
+    ///
+    /// # Errors
+    /// The ring or the chain breaks the rules.
+    pub fn pop<M: GuestMemory>(&mut self, mem: &M, chain: &mut Chain) -> Result<bool, DeviceError> {
+        let queue = self.index;
+        let mut available = self
+            .ring
+            .iter(mem)
+            .map_err(|source| DeviceError::Ring { queue, source })?;
+        let Some(found) = available.next() else {
+            return Ok(false);
+        };
+        let head = found.head_index();
+        let rules = ChainRules {
+            table: GuestAddress(self.ring.desc_table()),
+            queue_size: self.ring.size(),
+            indirect: self.indirect,
+            max_bytes: self.max_chain_bytes,
+        };
+        chain
+            .load(mem, &rules, head)
+            .map_err(|fault| DeviceError::Chain { queue, head, fault })?;
+        Ok(true)
+    }
+
+    /// Puts the chain taken last back: the next [`Queue::pop`] finds it again. Only for the latest, once.
+    pub fn undo_pop(&mut self) {
+        self.ring.go_to_previous_position();
+    }
+
+    /// Gives chain `head` back with `written` bytes in its writable buffers (virtio v1.3 §2.7.8).
+    ///
+    /// # Errors
+    /// The used ring has left memory, or `head` is not below the queue size.
+    pub fn complete<M: GuestMemory>(
+        &mut self,
+        mem: &M,
+        head: u16,
+        written: u32,
+    ) -> Result<(), DeviceError> {
+        self.ring
+            .add_used(mem, head, written)
+            .map_err(|source| self.ring_error(source))
+    }
+
+    /// Interrupts the driver if it wants to know of what was completed since the last call (§2.7.7).
+    ///
+    /// # Errors
+    /// The available ring has left memory.
+    pub fn notify<M: GuestMemory>(
+        &mut self,
+        mem: &M,
+        interrupt: &dyn Interrupt,
+    ) -> Result<(), DeviceError> {
+        if self
+            .ring
+            .needs_notification(mem)
+            .map_err(|source| self.ring_error(source))?
+        {
+            interrupt.signal_used_queue(self.index);
+        }
+        Ok(())
+    }
+
+    /// Asks the driver for no kicks while the queue is being served (§2.7.10).
+    ///
+    /// # Errors
+    /// The used ring has left memory.
+    pub fn disable_kicks<M: GuestMemory>(&mut self, mem: &M) -> Result<(), DeviceError> {
+        self.ring
+            .disable_notification(mem)
+            .map_err(|source| self.ring_error(source))
+    }
+
+    /// Asks for kicks again; true if chains came in the meantime, for which no kick may come.
+    ///
+    /// # Errors
+    /// The rings have left memory.
+    pub fn enable_kicks<M: GuestMemory>(&mut self, mem: &M) -> Result<bool, DeviceError> {
+        self.ring
+            .enable_notification(mem)
+            .map_err(|source| self.ring_error(source))
+    }
+
+    /// Whether chains are waiting.
+    ///
+    /// # Errors
+    /// The available ring has left memory.
+    pub fn has_available<M: GuestMemory>(&self, mem: &M) -> Result<bool, DeviceError> {
+        let index = self
+            .ring
+            .avail_idx(mem, Ordering::Acquire)
+            .map_err(|source| self.ring_error(source))?;
+        Ok(index.0 != self.ring.next_avail())
+    }
+
+    /// Takes chains, lets `request` do each, and gives it back with the number of bytes written that `request`
+    /// returns; interrupts once at the end. Stops at the caps per wake.
+    ///
+    /// For queues whose chains are requests of the driver. A device that waits for something to put into a chain uses
+    /// `pop` and `complete` itself.
+    ///
+    /// # Errors
+    /// The ring or a chain breaks the rules, or `request` fails.
+    pub fn serve<M, F>(
+        &mut self,
+        mem: &M,
+        interrupt: &dyn Interrupt,
+        chain: &mut Chain,
+        mut request: F,
+    ) -> Result<Progress, DeviceError>
+    where
+        M: GuestMemory,
+        F: FnMut(&Chain) -> Result<u32, DeviceError>,
+    {
+        let mut bytes = 0u64;
+        let mut chains = 0u32;
+        // Passes, not chains: a guest that flips the available index to and fro must not keep us here.
+        let mut passes = 0u32;
+        self.disable_kicks(mem)?;
+        let progress = loop {
+            if passes >= MAX_CHAINS_PER_WAKE || bytes >= MAX_BYTES_PER_WAKE {
+                break Progress::More;
+            }
+            passes = passes.saturating_add(1);
+            if self.pop(mem, chain)? {
+                let written = request(chain)?;
+                self.complete(mem, chain.head(), written)?;
+                chains = chains.saturating_add(1);
+                bytes = bytes.saturating_add(u64::from(chain.total_len()));
+            } else if !self.enable_kicks(mem)? {
+                break Progress::Idle;
+            }
+        };
+        if chains > 0 {
+            self.notify(mem, interrupt)?;
+        }
+        Ok(progress)
+    }
+
+    /// Registers and position, to save or to start again from.
+    #[must_use]
+    pub fn state(&self) -> QueueState {
+        QueueState {
+            size: self.ring.size(),
+            ready: self.ring.ready(),
+            desc_table: self.ring.desc_table(),
+            avail_ring: self.ring.avail_ring(),
+            used_ring: self.ring.used_ring(),
+            next_avail: self.ring.next_avail(),
+            next_used: self.ring.next_used(),
+        }
+    }
+
+    fn ring_error(&self, source: virtio_queue::Error) -> DeviceError {
+        DeviceError::Ring {
+            queue: self.index,
+            source,
+        }
+    }
+}

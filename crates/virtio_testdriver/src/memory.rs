@@ -1,0 +1,94 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! Guest memory for tests.
+
+use std::sync::Arc;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// Guest memory of `size` bytes from address 0, with an allocator that only goes up.
+#[derive(Clone)]
+pub struct TestMemory {
+    mem: Arc<GuestMemoryMmap>,
+    next: u64,
+    size: u64,
+}
+
+impl TestMemory {
+    /// Zeroed memory of `size` bytes; address 0 is never allocated.
+    ///
+    /// # Panics
+    /// The host has no such memory.
+    #[must_use]
+    pub fn new(size: usize) -> Self {
+        let mem =
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).expect("map test memory");
+        Self {
+            mem: Arc::new(mem),
+            next: 0x1000,
+            size: size as u64,
+        }
+    }
+
+    /// The memory, as devices take it.
+    #[must_use]
+    pub fn space(&self) -> Arc<GuestMemoryMmap> {
+        Arc::clone(&self.mem)
+    }
+
+    /// `len` fresh bytes, aligned to `align` (a power of two).
+    ///
+    /// # Panics
+    /// Memory is used up.
+    pub fn alloc(&mut self, len: u64, align: u64) -> u64 {
+        let addr = self.next.next_multiple_of(align);
+        self.next = addr + len;
+        assert!(self.next <= self.size, "test memory is used up");
+        addr
+    }
+
+    /// A fresh buffer that holds `data`.
+    pub fn alloc_with(&mut self, data: &[u8]) -> u64 {
+        let addr = self.alloc(data.len() as u64, 16);
+        self.write(addr, data);
+        addr
+    }
+
+    /// Writes `data` at `addr`.
+    ///
+    /// # Panics
+    /// Outside memory.
+    pub fn write(&self, addr: u64, data: &[u8]) {
+        self.mem
+            .write_slice(data, GuestAddress(addr))
+            .expect("write test memory");
+    }
+
+    /// Reads `len` bytes from `addr`.
+    ///
+    /// # Panics
+    /// Outside memory.
+    #[must_use]
+    pub fn read(&self, addr: u64, len: usize) -> Vec<u8> {
+        let mut data = vec![0; len];
+        self.mem
+            .read_slice(&mut data, GuestAddress(addr))
+            .expect("read test memory");
+        data
+    }
+
+    pub(crate) fn read_u16(&self, addr: u64) -> u16 {
+        self.mem
+            .read_obj::<u16>(GuestAddress(addr))
+            .map(u16::from_le)
+            .expect("read test memory")
+    }
+
+    pub(crate) fn read_u32(&self, addr: u64) -> u32 {
+        self.mem
+            .read_obj::<u32>(GuestAddress(addr))
+            .map(u32::from_le)
+            .expect("read test memory")
+    }
+}
