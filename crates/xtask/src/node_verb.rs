@@ -1,0 +1,81 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! `cargo xtask node`: a shell or a command in the nested node.
+
+use std::io::{self, IsTerminal};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::node::{self, Job, Machine, Work};
+use crate::{apt, workspace};
+
+/// What `cargo xtask node` takes.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Take the built tree as it is.
+    #[arg(long)]
+    no_build: bool,
+    /// The node's memory in MiB.
+    #[arg(long, default_value_t = 3072)]
+    memory: u32,
+    /// End the node after this many seconds.
+    #[arg(long)]
+    timeout: Option<u64>,
+    /// A command and its arguments in place of a shell.
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+/// Runs the verb; the command's exit code is ours.
+///
+/// # Errors
+/// When the node cannot be made or does not run to its end.
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+    apt::ensure(&[])?;
+    let image = node::image()?;
+    std::fs::create_dir_all(workspace::dist()).context("cannot create the built tree")?;
+    let folder = tempfile::tempdir().context("cannot create a temporary folder")?;
+    let script = arguments
+        .command
+        .iter()
+        .map(|word| quoted(word))
+        .collect::<Vec<_>>()
+        .join(" ");
+    let terminal = arguments.command.is_empty() && io::stdin().is_terminal();
+    let job = Job {
+        work: if terminal {
+            Work::Terminal
+        } else {
+            Work::Script(&script)
+        },
+        folder: folder.path(),
+        dist: &workspace::dist(),
+        source: &workspace::root(),
+        images: &[],
+        machine: Machine {
+            memory_mib: arguments.memory,
+            limit: arguments.timeout.map(Duration::from_secs),
+            ..Machine::default()
+        },
+    };
+    let code = node::run(&image, &job, &mut io::stdout(), &mut io::stderr())?;
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)))
+}
+
+/// A word as the shell reads it back unchanged.
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quoted_words_survive_the_shell() {
+        assert_eq!(quoted("it's"), r"'it'\''s'");
+    }
+}
