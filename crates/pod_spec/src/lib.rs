@@ -2,3 +2,29 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! OCI spec, CRI annotations and node config become a validated pod and its containers.
+//!
+//! ```text
+//! config.toml ──RuntimeConfig::parse──> RuntimeConfig ─┐
+//! config.json ──Bundle::parse──> Bundle ──────────────┼─> Bundle::pod ───────> PodSpec        (sizes the VM)
+//!                                                      └─> Bundle::container ─> ContainerSpec  (what the agent gets)
+//! ```
+//!
+//! Pure: nothing here opens a file. What a spec asks for is either translated for the guest, or refused with an error
+//! that says what to do. The few fields that are left out on purpose, because another layer does their work, are listed
+//! at [`Bundle::container`].
+#![forbid(unsafe_code)]
+
+mod bundle;
+mod config;
+mod config_text;
+mod error;
+mod mounts;
+mod sizing;
+mod translate;
+
+pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role};
+pub use config::{Guest, Log, LogLevel, RuntimeConfig, Storage, Vmm};
+pub use config_text::{ConfigError, ConfigMistake};
+pub use error::SpecError;
+pub use sizing::VmSize;
+pub use translate::exec_process;

@@ -1,0 +1,263 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! A bundle's `config.json`, and what it makes of its container: the pod itself, a member, or one on its own.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use ids::{Bytes, ContainerId, SandboxId};
+use oci_spec::runtime::Spec;
+
+use crate::config::Guest;
+use crate::error::SpecError;
+use crate::sizing::{Limits, VmSize};
+use crate::translate;
+
+/// The longest `config.json`, in bytes. It crosses to the guest in one ttrpc message of at most 4 MiB.
+pub const MAX_SPEC_BYTES: usize = 2 << 20;
+
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+const RUNC_GROUP: &str = "io.containerd.runc.v2.group";
+
+/// The kernel's and runc's default size of `/dev/shm`.
+const DEFAULT_SHM: Bytes = Bytes(64 << 20);
+
+/// What a container is to its sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// The pod's pause container: it stands for the VM and needs no process in it.
+    Sandbox,
+    /// A container of the pod that the sandbox is.
+    Member(SandboxId),
+    /// A container without a pod: a VM of its own.
+    Standalone,
+}
+
+/// What the VM of a pod is like.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodSpec {
+    /// Its virtual CPUs and memory.
+    pub size: VmSize,
+    /// The guest's host name; `None` keeps the kernel's.
+    pub hostname: Option<String>,
+    /// Sysctls that the guest's own namespaces get.
+    pub sysctls: BTreeMap<String, String>,
+    /// The size of the pod's `/dev/shm`.
+    pub shm: Bytes,
+}
+
+/// What the agent needs of a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContainerSpec {
+    /// The OCI spec for the guest as JSON: no host path is left in it.
+    pub guest_spec: Vec<u8>,
+    /// Host files to copy into the guest.
+    pub copies: Vec<HostCopy>,
+}
+
+/// A host file or folder whose copy a container mounts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostCopy {
+    /// Its number among the container's copies; see `agent_proto::layout::copied_mount`.
+    pub index: u32,
+    /// Where it is on the host.
+    pub source: PathBuf,
+}
+
+/// A parsed `config.json`.
+#[derive(Debug, Clone)]
+pub struct Bundle {
+    spec: Spec,
+    role: Role,
+}
+
+impl Bundle {
+    /// The bundle from the bytes of its `config.json`.
+    ///
+    /// # Errors
+    /// [`SpecError::TooLong`], [`SpecError::Json`], [`SpecError::Annotation`] or [`SpecError::Id`].
+    pub fn parse(json: &[u8]) -> Result<Self, SpecError> {
+        if json.len() > MAX_SPEC_BYTES {
+            return Err(SpecError::TooLong {
+                len: json.len(),
+                max: MAX_SPEC_BYTES,
+            });
+        }
+        let spec: Spec = serde_json::from_slice(json).map_err(SpecError::Json)?;
+        let role = role(&spec)?;
+        Ok(Self { spec, role })
+    }
+
+    /// What the container is to its sandbox.
+    pub fn role(&self) -> &Role {
+        &self.role
+    }
+
+    /// The sandbox that container `id` belongs to: what shim processes are grouped by.
+    ///
+    /// # Errors
+    /// [`SpecError::Id`] if an annotation names no valid sandbox.
+    pub fn sandbox(&self, id: &ContainerId) -> Result<SandboxId, SpecError> {
+        if let Some(group) = self.annotation(RUNC_GROUP) {
+            return group.parse().map_err(SpecError::Id);
+        }
+        Ok(match &self.role {
+            Role::Member(sandbox) => sandbox.clone(),
+            Role::Sandbox | Role::Standalone => SandboxId::from(id),
+        })
+    }
+
+    /// The host cgroup that the spec names for the container, empty if none.
+    pub fn cgroups_path(&self) -> Option<&std::path::Path> {
+        self.spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.cgroups_path().as_deref())
+    }
+
+    /// Whether init has a terminal.
+    pub fn terminal(&self) -> bool {
+        self.spec
+            .process()
+            .as_ref()
+            .and_then(|process| process.terminal())
+            .unwrap_or(false)
+    }
+
+    /// The VM of the pod whose first container this is.
+    ///
+    /// # Errors
+    /// [`SpecError::TooLarge`] or [`SpecError::Annotation`].
+    pub fn pod(&self, guest: &Guest) -> Result<PodSpec, SpecError> {
+        let linux = self.spec.linux().as_ref();
+        let limits = match self.role {
+            Role::Standalone => {
+                Limits::from_resources(linux.and_then(|linux| linux.resources().as_ref()))
+            }
+            Role::Sandbox | Role::Member(_) => match self.spec.annotations() {
+                Some(annotations) => Limits::from_annotations(annotations)?,
+                None => Limits::default(),
+            },
+        };
+        let sysctls = linux
+            .and_then(|linux| linux.sysctl().clone())
+            .unwrap_or_default();
+        Ok(PodSpec {
+            size: limits.vm_size(guest)?,
+            hostname: self.spec.hostname().clone().filter(|name| !name.is_empty()),
+            sysctls: sysctls.into_iter().collect(),
+            shm: DEFAULT_SHM,
+        })
+    }
+
+    /// The container for the agent. It is an error to ask for one whose role is [`Role::Sandbox`]: it has none.
+    ///
+    /// Left out of the guest's spec, because another layer does their work:
+    ///
+    /// | field | who does it |
+    /// |---|---|
+    /// | network, ipc and uts namespaces, hostname, sysctls of the pod | the guest's own namespaces are the pod's |
+    /// | `cgroupsPath` | the agent's own tree; the host's cgroup holds the VM |
+    /// | the default AppArmor profile, SELinux labels | they guard the host's kernel, which the container does not reach |
+    ///
+    /// # Errors
+    /// [`SpecError::Unsupported`], [`SpecError::HostNamespace`] or [`SpecError::Missing`].
+    pub fn container(&self, id: &ContainerId) -> Result<ContainerSpec, SpecError> {
+        translate::container(self.spec.clone(), id, &self.role)
+    }
+
+    fn annotation(&self, key: &str) -> Option<&String> {
+        self.spec
+            .annotations()
+            .as_ref()
+            .and_then(|annotations| annotations.get(key))
+    }
+}
+
+fn role(spec: &Spec) -> Result<Role, SpecError> {
+    let annotation = |key: &str| {
+        spec.annotations()
+            .as_ref()
+            .and_then(|annotations| annotations.get(key))
+    };
+    match annotation(CONTAINER_TYPE).map(String::as_str) {
+        None => Ok(Role::Standalone),
+        Some("sandbox") => Ok(Role::Sandbox),
+        Some("container") => {
+            let sandbox = annotation(SANDBOX_ID).map_or("", String::as_str);
+            sandbox.parse().map(Role::Member).map_err(SpecError::Id)
+        }
+        Some(other) => Err(SpecError::Annotation {
+            key: CONTAINER_TYPE,
+            value: other.to_owned(),
+            expected: "\"sandbox\" or \"container\" was expected",
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bundle(annotations: &str) -> Result<Bundle, SpecError> {
+        Bundle::parse(
+            format!("{{\"ociVersion\":\"1.0.2\",\"annotations\":{annotations}}}").as_bytes(),
+        )
+    }
+
+    fn id() -> ContainerId {
+        "c1".parse().unwrap()
+    }
+
+    #[test]
+    fn container_without_annotations_is_a_sandbox_of_its_own() {
+        let bundle = bundle("{}").unwrap();
+        assert_eq!(bundle.role(), &Role::Standalone);
+        assert_eq!(bundle.sandbox(&id()).unwrap().as_str(), "c1");
+    }
+
+    #[test]
+    fn member_belongs_to_the_annotated_sandbox() {
+        let json = format!("{{\"{CONTAINER_TYPE}\":\"container\",\"{SANDBOX_ID}\":\"pod1\"}}");
+        let bundle = bundle(&json).unwrap();
+        assert_eq!(bundle.role(), &Role::Member("pod1".parse().unwrap()));
+        assert_eq!(bundle.sandbox(&id()).unwrap().as_str(), "pod1");
+    }
+
+    #[test]
+    fn group_annotation_comes_first() {
+        let bundle = bundle(&format!(
+            "{{\"{RUNC_GROUP}\":\"g\",\"{CONTAINER_TYPE}\":\"sandbox\"}}"
+        ))
+        .unwrap();
+        assert_eq!(bundle.sandbox(&id()).unwrap().as_str(), "g");
+    }
+
+    #[test]
+    fn sandbox_id_that_leaves_a_directory_is_refused() {
+        let json = format!("{{\"{CONTAINER_TYPE}\":\"container\",\"{SANDBOX_ID}\":\"../x\"}}");
+        assert!(matches!(bundle(&json), Err(SpecError::Id(_))));
+    }
+
+    #[test]
+    fn unknown_container_type_is_refused() {
+        assert!(matches!(
+            bundle(&format!("{{\"{CONTAINER_TYPE}\":\"vm\"}}")),
+            Err(SpecError::Annotation { .. })
+        ));
+    }
+
+    #[test]
+    fn bytes_that_are_no_json_are_refused() {
+        assert!(matches!(
+            Bundle::parse(b"not json"),
+            Err(SpecError::Json(_))
+        ));
+        assert!(matches!(
+            Bundle::parse(&vec![b' '; MAX_SPEC_BYTES + 1]),
+            Err(SpecError::TooLong { .. })
+        ));
+    }
+}

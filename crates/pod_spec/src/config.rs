@@ -1,0 +1,221 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! The node's config file: one TOML file, every key optional, no key unknown.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ids::{Mib, VcpuCount};
+
+use crate::config_text::{ConfigError, ConfigText};
+
+/// The largest VM that a config can allow, in MiB (1 TiB).
+const MAX_MEMORY_MIB: u32 = 1 << 20;
+
+/// The smallest VM that boots the guest kernel with its agent and a small container.
+pub(crate) const MIN_VM_MEMORY: Mib = Mib(96);
+
+/// The node's config, validated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RuntimeConfig {
+    /// `[guest]`: what boots, and how large.
+    pub guest: Guest,
+    /// `[vmm]`: the embedded VMM.
+    pub vmm: Vmm,
+    /// `[storage]`: images and scratch disks.
+    pub storage: Storage,
+    /// `[log]`.
+    pub log: Log,
+}
+
+/// `[guest]`: what boots, and how large.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guest {
+    /// `kernel`: the guest kernel, an uncompressed ELF with a PVH entry note.
+    pub kernel: PathBuf,
+    /// `initramfs`: the archive with the agent.
+    pub initramfs: PathBuf,
+    /// `kernel_arguments`: appended to the kernel's command line, for debugging.
+    pub kernel_arguments: Vec<String>,
+    /// `default_vcpus`: virtual CPUs of a pod without a CPU limit.
+    pub default_vcpus: VcpuCount,
+    /// `max_vcpus`: the most that a pod can have.
+    pub max_vcpus: VcpuCount,
+    /// `default_memory_mib`: guest memory of a pod without a memory limit.
+    pub default_memory: Mib,
+    /// `overhead_memory_mib`: what a pod's VM has beyond the pod's memory limit, for the guest kernel and the agent.
+    pub overhead_memory: Mib,
+    /// `max_memory_mib`: the most that a VM can have.
+    pub max_memory: Mib,
+    /// `ready_timeout_s`: how long the agent may take to report, from the VM's start.
+    pub ready_timeout: Duration,
+}
+
+/// `[vmm]`: the embedded VMM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Vmm {
+    /// `path`: the `coffer-vmm` program.
+    pub path: PathBuf,
+    /// `uid`: the user and group that a jailed VMM runs as; it owns nothing on the node.
+    pub uid: u32,
+}
+
+/// `[storage]`: images and scratch disks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Storage {
+    /// `cache_dir`: where image layers are kept as EROFS, and the scratch template.
+    pub cache_dir: PathBuf,
+    /// `scratch_mib`: the size of a pod's scratch disk. Sparse: it takes only what the pod writes.
+    pub scratch: Mib,
+    /// `mkfs_erofs`: the program of erofs-utils.
+    pub mkfs_erofs: PathBuf,
+    /// `mkfs_ext4`: the program of e2fsprogs.
+    pub mkfs_ext4: PathBuf,
+}
+
+/// `[log]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Log {
+    /// `level`: the least severe lines that are written; containerd's `-debug` overrides it.
+    pub level: LogLevel,
+}
+
+/// The least severe lines that are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogLevel {
+    /// Something failed and somebody must look.
+    Error,
+    /// Something is not as it should be, and Coffer goes on.
+    Warn,
+    /// The life of pods and containers.
+    Info,
+    /// What a developer wants to see.
+    Debug,
+}
+
+impl RuntimeConfig {
+    /// Where the config is if nobody says otherwise. It need not exist.
+    pub const DEFAULT_PATH: &str = "/etc/coffer/config.toml";
+
+    /// The config from the text of its file.
+    ///
+    /// # Errors
+    /// [`ConfigError::Toml`] if it is no TOML, [`ConfigError::Mistakes`] with every mistake in it.
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        let mut text = ConfigText::parse(text)?;
+        let config = Self {
+            guest: Guest::read(&mut text),
+            vmm: Vmm {
+                path: text.path("vmm.path", "/opt/coffer/bin/coffer-vmm"),
+                uid: text.number("vmm.uid", 64_936, (1, u32::MAX - 1)),
+            },
+            storage: Storage {
+                cache_dir: text.path("storage.cache_dir", "/var/lib/coffer"),
+                scratch: Mib(text.number("storage.scratch_mib", 10_240, (64, MAX_MEMORY_MIB))),
+                mkfs_erofs: text.path("storage.mkfs_erofs", "/usr/bin/mkfs.erofs"),
+                mkfs_ext4: text.path("storage.mkfs_ext4", "/usr/sbin/mkfs.ext4"),
+            },
+            log: Log {
+                level: text.choice(
+                    "log.level",
+                    &[
+                        ("error", LogLevel::Error),
+                        ("warn", LogLevel::Warn),
+                        ("info", LogLevel::Info),
+                        ("debug", LogLevel::Debug),
+                    ],
+                    LogLevel::Info,
+                ),
+            },
+        };
+        text.finish()?;
+        Ok(config)
+    }
+}
+
+impl Guest {
+    fn read(text: &mut ConfigText) -> Self {
+        let memory = |text: &mut ConfigText, key, default, least| {
+            Mib(text.number(key, default, (least, MAX_MEMORY_MIB)))
+        };
+        let vcpus = |text: &mut ConfigText, key, default| {
+            VcpuCount::new(text.number(key, default, (1, 64))).unwrap_or(VcpuCount::ONE)
+        };
+        Self {
+            kernel: text.path("guest.kernel", "/opt/coffer/share/coffer/vmlinux"),
+            initramfs: text.path("guest.initramfs", "/opt/coffer/share/coffer/initramfs"),
+            kernel_arguments: text.strings("guest.kernel_arguments"),
+            default_vcpus: vcpus(text, "guest.default_vcpus", 1),
+            max_vcpus: vcpus(text, "guest.max_vcpus", 64),
+            default_memory: memory(text, "guest.default_memory_mib", 512, MIN_VM_MEMORY.0),
+            overhead_memory: memory(text, "guest.overhead_memory_mib", 64, 32),
+            max_memory: memory(
+                text,
+                "guest.max_memory_mib",
+                MAX_MEMORY_MIB,
+                MIN_VM_MEMORY.0,
+            ),
+            ready_timeout: Duration::from_secs(text.number("guest.ready_timeout_s", 30, (1, 600))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn empty_file_gives_the_defaults() {
+        let config = RuntimeConfig::parse("").unwrap();
+        assert_eq!(config.guest.default_memory, Mib(512));
+        assert_eq!(config.vmm.path, PathBuf::from("/opt/coffer/bin/coffer-vmm"));
+        assert_eq!(config.log.level, LogLevel::Info);
+    }
+
+    #[test]
+    fn values_replace_defaults() {
+        let text = "[guest]\ndefault_vcpus = 2\nkernel = \"/k\"\nkernel_arguments = [\"a=b\"]\n[log]\nlevel = \"debug\"";
+        let config = RuntimeConfig::parse(text).unwrap();
+        assert_eq!(config.guest.default_vcpus.get(), 2);
+        assert_eq!(config.guest.kernel, PathBuf::from("/k"));
+        assert_eq!(config.guest.kernel_arguments, ["a=b"]);
+        assert_eq!(config.log.level, LogLevel::Debug);
+    }
+
+    #[test]
+    fn unknown_key_names_the_nearest_one() {
+        let error = RuntimeConfig::parse("[guest]\ndefault_vcpu = 2").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the config has 1 mistake(s): unknown key guest.default_vcpu: did you mean guest.default_vcpus?"
+        );
+    }
+
+    #[test]
+    fn every_mistake_is_in_one_report() {
+        let text =
+            "zzz = 1\n[guest]\nkernel = \"relative\"\ndefault_vcpus = 0\n[log]\nlevel = \"loud\"";
+        let Err(ConfigError::Mistakes(mistakes)) = RuntimeConfig::parse(text) else {
+            panic!("accepted")
+        };
+        let texts: Vec<String> = mistakes.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            texts,
+            [
+                "guest.kernel must be an absolute path, not \"relative\"",
+                "guest.default_vcpus must be a whole number from 1 to 64, not 0",
+                "log.level must be one of \"error\", \"warn\", \"info\", \"debug\", not \"loud\"",
+                "unknown key zzz",
+            ]
+        );
+    }
+
+    #[test]
+    fn text_that_is_no_toml_is_refused() {
+        assert!(matches!(
+            RuntimeConfig::parse("[guest"),
+            Err(ConfigError::Toml(_))
+        ));
+    }
+}

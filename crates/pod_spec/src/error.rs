@@ -1,0 +1,76 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! Why a spec was refused.
+
+/// A bundle that Coffer does not run. Each message names the field and says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// The bundle's `config.json` is larger than the cap.
+    #[error("config.json is {len} bytes long, at most {max} are allowed")]
+    TooLong {
+        /// Its length in bytes.
+        len: usize,
+        /// The cap in bytes.
+        max: usize,
+    },
+    /// Not JSON, or not an OCI runtime spec.
+    #[error("config.json is no OCI runtime spec")]
+    Json(#[source] serde_json::Error),
+    /// The process of an exec is not one.
+    #[error("the exec's spec is no OCI process")]
+    ExecJson(#[source] serde_json::Error),
+    /// A field that the OCI runtime spec requires is missing.
+    #[error("config.json has no {0}: the OCI runtime spec requires it for a Linux container")]
+    Missing(&'static str),
+    /// The CRI annotations contradict each other.
+    #[error("annotation {key} is {value:?}: {expected}")]
+    Annotation {
+        /// The annotation's key.
+        key: &'static str,
+        /// What it holds.
+        value: String,
+        /// What was expected.
+        expected: &'static str,
+    },
+    /// An id is not valid.
+    #[error("config.json names no valid sandbox")]
+    Id(#[source] ids::InvalidId),
+    /// The pod wants a namespace of the host.
+    #[error(
+        "the pod asks for the host's {0} namespace, which a VM does not have: run pods with {1} under a runtime class of \
+         runc"
+    )]
+    HostNamespace(&'static str, &'static str),
+    /// A feature that Coffer does not have.
+    #[error("{field}: {reason}")]
+    Unsupported {
+        /// The field, as in config.json.
+        field: String,
+        /// Why it is refused and what to do instead.
+        reason: String,
+    },
+    /// The pod is larger than the node's config allows.
+    #[error(
+        "the pod wants {wanted} {unit}, the node's config allows {limit}: lower the pod's limits or raise {key}"
+    )]
+    TooLarge {
+        /// What was asked.
+        wanted: u64,
+        /// "vCPUs" or "MiB of memory".
+        unit: &'static str,
+        /// The config's limit.
+        limit: u64,
+        /// The config's key.
+        key: &'static str,
+    },
+}
+
+impl SpecError {
+    pub(crate) fn unsupported(field: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Unsupported {
+            field: field.into(),
+            reason: reason.into(),
+        }
+    }
+}
