@@ -10,6 +10,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::process;
+
 /// A module's file, as Debian ships it (compressed with xz).
 pub(crate) struct Module {
     /// Its file's name without suffixes.
@@ -18,37 +20,37 @@ pub(crate) struct Module {
 }
 
 impl Module {
-    /// The module as the kernel loads it.
+    /// The module as the kernel loads it, without what it does not need: under emulation that halves the time.
     ///
     /// # Errors
     /// When it cannot be unpacked.
     pub(crate) fn unpacked(&self) -> Result<Vec<u8>> {
-        let output = Command::new("xz")
+        let module = tempfile::NamedTempFile::new().context("cannot create a temporary file")?;
+        let output = module.reopen().context("cannot open a temporary file")?;
+        let unpacked = Command::new("xz")
             .arg("-dc")
             .arg(&self.file)
-            .output()
-            .context("cannot run xz")?;
-        if !output.status.success() {
-            bail!(
-                "cannot unpack {}: {}",
-                self.file.display(),
-                String::from_utf8_lossy(&output.stderr)
-            );
+            .stdout(output)
+            .status();
+        if !unpacked.context("cannot run xz")?.success() {
+            bail!("cannot unpack {}", self.file.display());
         }
-        Ok(output.stdout)
+        let strip = ["--strip-unneeded", "--remove-section=.BTF"];
+        process::output(Command::new("strip").args(strip).arg(module.path()))?;
+        fs::read(module.path()).with_context(|| format!("cannot read {}", module.path().display()))
     }
 }
 
-/// The modules of a node: those that mount its root, and the others.
+/// The modules of a node: those that mount its disks, and the others.
 pub(crate) struct Modules {
     /// Loaded by the initramfs.
     pub(crate) early: Vec<Module>,
-    /// Loaded after the root is mounted.
+    /// Loaded by `boot`.
     pub(crate) late: Vec<Module>,
 }
 
 impl Modules {
-    /// Finds the modules of `list` (one a line, `*` before those that mount the root) and what they need, under
+    /// Finds the modules of `list` (one a line, `*` before those that mount the disks) and what they need, under
     /// `/lib/modules/<release>`.
     ///
     /// # Errors
