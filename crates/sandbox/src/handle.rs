@@ -1,0 +1,167 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! The handle by which callers reach a sandbox's owner task.
+
+use agent_client::TerminalSize;
+use ids::ContainerId;
+use task_state::{Exit, Pid, ProcessId};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::error::{SandboxError, SandboxErrorKind};
+use crate::input::{Input, Reply, Request};
+use crate::request::{CreateTask, Deleted, ExecTask, KillScope, ProcessInfo, ProcessState};
+
+/// Reaches a sandbox from any task. Cheap to clone.
+///
+/// Every method sends one message to the owner task and awaits its answer. Dropping the future of a call does not undo
+/// the call: the owner goes on (ttrpc drops a handler on timeout, and containerd then asks again or deletes).
+/// After the sandbox's end every method fails with [`SandboxErrorKind::Unavailable`].
+#[derive(Debug, Clone)]
+pub struct SandboxHandle {
+    inputs: mpsc::UnboundedSender<Input>,
+    ended: watch::Receiver<bool>,
+}
+
+impl SandboxHandle {
+    pub(crate) fn new(inputs: mpsc::UnboundedSender<Input>, ended: watch::Receiver<bool>) -> Self {
+        Self { inputs, ended }
+    }
+
+    /// Makes a task and its init process, which waits for [`Self::start`]. Answers the task's number. The first task
+    /// waits for the VM.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::AlreadyExists`] for a known id; any kind if the task cannot be made, with nothing of it left.
+    pub async fn create(&self, task: CreateTask) -> Result<Pid, SandboxError> {
+        self.ask(|reply| Request::Create(task, reply)).await
+    }
+
+    /// Starts an init or a registered exec. Answers its number.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::FailedPrecondition`] if it was started before, or for an exec if init does not run;
+    /// [`SandboxErrorKind::NotFound`]; any kind if the program cannot be run, and the process is then stopped.
+    pub async fn start(&self, process: ProcessId) -> Result<Pid, SandboxError> {
+        self.ask(|reply| Request::Start(process, reply)).await
+    }
+
+    /// Registers a further process.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::AlreadyExists`], [`SandboxErrorKind::NotFound`] for the container.
+    pub async fn exec(&self, task: ExecTask) -> Result<(), SandboxError> {
+        self.ask(|reply| Request::Exec(task, reply)).await
+    }
+
+    /// The state of an init or exec. Never waits for guest or VMM.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::NotFound`].
+    pub async fn state(&self, process: ProcessId) -> Result<ProcessState, SandboxError> {
+        self.ask(|reply| Request::State(process, reply)).await
+    }
+
+    /// Waits until a process has ended, also one that is not started yet; answers at once after the end, until it is
+    /// deleted.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::NotFound`].
+    pub async fn wait(&self, process: ProcessId) -> Result<Exit, SandboxError> {
+        self.ask(|reply| Request::Wait(process, reply)).await
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::NotFound`] if the process is unknown or has ended; [`SandboxErrorKind::FailedPrecondition`]
+    /// for an exec that was not started; [`SandboxErrorKind::InvalidArgument`] for a number that is no signal.
+    pub async fn kill(
+        &self,
+        process: ProcessId,
+        signal: u32,
+        scope: KillScope,
+    ) -> Result<(), SandboxError> {
+        self.ask(|reply| Request::Kill(process, signal, scope, reply))
+            .await
+    }
+
+    /// Removes a process that has ended, or that never started. Waits for the last of its output, at most 10 s. May be
+    /// repeated.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::NotFound`], [`SandboxErrorKind::FailedPrecondition`] while it runs.
+    pub async fn delete(&self, process: ProcessId) -> Result<Deleted, SandboxError> {
+        self.ask(|reply| Request::Delete(process, reply)).await
+    }
+
+    /// Sets the size of a process's terminal, before or after its start. Does nothing without a terminal.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::NotFound`].
+    pub async fn resize_pty(
+        &self,
+        process: ProcessId,
+        size: TerminalSize,
+    ) -> Result<(), SandboxError> {
+        self.ask(|reply| Request::ResizePty(process, size, reply))
+            .await
+    }
+
+    /// Lets go of the shim's own hold on a process's stdin: once the client's end is closed too and what it wrote is
+    /// passed on, the process reads the end of the file.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::NotFound`].
+    pub async fn close_stdin(&self, process: ProcessId) -> Result<(), SandboxError> {
+        self.ask(|reply| Request::CloseStdin(process, reply)).await
+    }
+
+    /// The processes of a container; at least one while its task lives.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::NotFound`].
+    pub async fn pids(&self, container: ContainerId) -> Result<Vec<ProcessInfo>, SandboxError> {
+        self.ask(|reply| Request::Pids(container, reply)).await
+    }
+
+    /// Ends the sandbox if no task is left; [`Self::ended`] then answers soon.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::FailedPrecondition`] while there are tasks.
+    pub async fn shutdown(&self) -> Result<(), SandboxError> {
+        self.ask(Request::Shutdown).await
+    }
+
+    /// Ends the sandbox whatever it is doing: the VM is killed, every live task's exit is reported, and everything on the
+    /// host is let go of. Answers when that is done. May be repeated.
+    pub async fn terminate(&self) {
+        // A failed send means that the owner is gone already.
+        let _gone = self.inputs.send(Input::Request(Request::Terminate));
+        self.ended().await;
+    }
+
+    /// Answers once the sandbox has ended and nothing of it is left on the host.
+    pub async fn ended(&self) {
+        let mut ended = self.ended.clone();
+        // An error means that the owner was dropped, which is an end too.
+        let _gone = ended.wait_for(|ended| *ended).await;
+    }
+
+    /// State, streams, pending calls and the VM, as JSON for people.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::Unavailable`] after the end.
+    pub async fn dump(&self) -> Result<serde_json::Value, SandboxError> {
+        self.ask(Request::Dump).await
+    }
+
+    async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T, SandboxError> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || SandboxError::new(SandboxErrorKind::Unavailable, "the sandbox has ended");
+        self.inputs
+            .send(Input::Request(request(reply)))
+            .map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+}

@@ -1,0 +1,85 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! The seam to the node: what a sandbox has prepared on the host before the guest can use it.
+
+use std::any::Any;
+
+use agent_proto::api;
+use hypervisor::{Disk, VmSpec};
+
+use crate::error::SandboxError;
+use crate::request::CreateTask;
+
+/// Prepares what VM and containers are made of. Every method may block; the sandbox calls them on blocking threads, and
+/// never two at a time for one container.
+///
+/// What a method has made on the host is undone by dropping the plan's `guard`, which happens after VM or container are
+/// gone; a method that fails leaves nothing behind.
+pub trait Host: Send + Sync {
+    /// The pod's VM.
+    ///
+    /// # Errors
+    /// Whatever keeps the pod from being run, in words for the user.
+    fn plan_pod(&self) -> Result<PodPlan, SandboxError>;
+
+    /// A container of the pod.
+    ///
+    /// # Errors
+    /// Whatever keeps the container from being made, in words for the user.
+    fn plan_container(&self, task: &CreateTask) -> Result<ContainerPlan, SandboxError>;
+}
+
+/// A pod's VM, ready to be launched.
+pub struct PodPlan {
+    /// For the driver.
+    pub vm: VmSpec,
+    /// For the agent, once it is there.
+    pub configure: api::ConfigureSandboxRequest,
+    /// Undoes on drop what was made on the host.
+    pub guard: Box<dyn Any + Send>,
+}
+
+/// A container, ready to be made.
+pub struct ContainerPlan {
+    /// What there is to make.
+    pub kind: ContainerKind,
+    /// Undoes on drop what was made on the host.
+    pub guard: Box<dyn Any + Send>,
+}
+
+/// What a container is to the pod.
+pub enum ContainerKind {
+    /// CRI's sandbox container: it stands for the VM and has no process in the guest.
+    Sandbox,
+    /// A container in the guest.
+    Guest(GuestContainer),
+}
+
+/// A container in the guest.
+pub struct GuestContainer {
+    /// The OCI runtime spec as JSON, translated for the guest.
+    pub spec_json: Vec<u8>,
+    /// The rootfs.
+    pub rootfs: GuestRootfs,
+    /// Host files that go into guest memory.
+    pub copied_mounts: Vec<api::CopiedMount>,
+}
+
+/// The root file system of a container in the guest.
+pub enum GuestRootfs {
+    /// Read-only images under an overlay, topmost first.
+    Layered(Vec<GuestDisk>),
+    /// One file system.
+    Disk(GuestDisk),
+}
+
+/// A disk, and how the guest mounts it.
+pub struct GuestDisk {
+    /// For the driver.
+    pub disk: Disk,
+    /// "erofs", "ext4", "xfs".
+    pub fs_type: String,
+    /// As mount(8) takes them.
+    pub mount_options: Vec<String>,
+}

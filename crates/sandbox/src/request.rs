@@ -1,0 +1,93 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! What a sandbox is asked for, and what it answers.
+
+use std::path::PathBuf;
+
+use agent_client::StdioPaths;
+use ids::{ContainerId, ExecId};
+use task_state::{Exit, Pid, ProcessId, Status};
+
+/// containerd's `Create`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CreateTask {
+    /// The container's id.
+    pub container: ContainerId,
+    /// The bundle directory, with `config.json` in it.
+    pub bundle: PathBuf,
+    /// The mounts that make up the rootfs.
+    pub rootfs: Vec<RootfsMount>,
+    /// Where init's streams go.
+    pub stdio: StdioPaths,
+}
+
+/// A mount as a snapshotter hands it over (containerd's `types.Mount`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RootfsMount {
+    /// "overlay", "bind", "ext4", "erofs", ...
+    pub fs_type: String,
+    /// The device or directory.
+    pub source: String,
+    /// Relative to the rootfs; mostly empty.
+    pub target: String,
+    /// As mount(8) takes them.
+    pub options: Vec<String>,
+}
+
+/// containerd's `Exec`: registers a further process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExecTask {
+    /// The container.
+    pub container: ContainerId,
+    /// The exec's id.
+    pub exec: ExecId,
+    /// The OCI runtime spec's `Process`, as JSON.
+    pub process_json: Vec<u8>,
+    /// Where the process's streams go.
+    pub stdio: StdioPaths,
+}
+
+/// Whom a signal is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KillScope {
+    /// The process itself.
+    Process,
+    /// Every process of the container.
+    All,
+}
+
+/// containerd's answer to `State`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProcessState {
+    /// The process.
+    pub process: ProcessId,
+    /// The container's bundle directory.
+    pub bundle: PathBuf,
+    /// 0 before there is a process.
+    pub pid: Pid,
+    /// Created, running or stopped.
+    pub status: Status,
+    /// Where the streams go.
+    pub stdio: StdioPaths,
+    /// Set once stopped.
+    pub exit: Option<Exit>,
+}
+
+/// containerd's answer to `Delete`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deleted {
+    /// The number that the process had.
+    pub pid: Pid,
+    /// How and when it ended.
+    pub exit: Exit,
+}
+
+/// One line of containerd's answer to `Pids`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProcessInfo {
+    /// The process's number.
+    pub pid: Pid,
+    /// The exec that it is, if containerd started it as one.
+    pub exec: Option<ExecId>,
+}
