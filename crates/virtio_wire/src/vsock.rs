@@ -10,8 +10,8 @@
 
 use ids::GuestCid;
 
-use crate::bytes::{take_u16, take_u32, take_u64};
 use crate::WireError;
+use crate::bytes::{take_u16, take_u32, take_u64};
 
 /// Size of the packet header in bytes (virtio v1.3 §5.10.6).
 pub const HEADER_LEN: usize = 44;
@@ -181,11 +181,17 @@ pub struct Shutdown {
 
 impl Shutdown {
     /// Both directions.
-    pub const BOTH: Self = Self { receive: true, send: true };
+    pub const BOTH: Self = Self {
+        receive: true,
+        send: true,
+    };
 
     /// The directions of a `flags` field; bits that the specification does not define are ignored.
     pub fn from_wire(flags: u32) -> Self {
-        Self { receive: flags & SHUTDOWN_F_RECEIVE != 0, send: flags & SHUTDOWN_F_SEND != 0 }
+        Self {
+            receive: flags & SHUTDOWN_F_RECEIVE != 0,
+            send: flags & SHUTDOWN_F_SEND != 0,
+        }
     }
 
     /// The `flags` field.
@@ -198,7 +204,10 @@ impl Shutdown {
     /// What is given up when both `self` and `other` have been said.
     #[must_use]
     pub fn union(self, other: Self) -> Self {
-        Self { receive: self.receive || other.receive, send: self.send || other.send }
+        Self {
+            receive: self.receive || other.receive,
+            send: self.send || other.send,
+        }
     }
 
     /// Whether nothing is left open.
@@ -285,7 +294,10 @@ impl Packet {
         if header.src_cid != u64::from(guest.get()) || header.dst_cid != HOST_CID {
             return Err(Rejection::Address);
         }
-        let key = ConnectionKey { guest_port: header.src_port, host_port: header.dst_port };
+        let key = ConnectionKey {
+            guest_port: header.src_port,
+            host_port: header.dst_port,
+        };
         if header.socket_type != TYPE_STREAM {
             return Err(match header.op {
                 Op::Reset => Rejection::Silent,
@@ -305,18 +317,31 @@ impl Packet {
             Op::CreditRequest => Message::CreditRequest,
             Op::Unknown(_) => return Err(Rejection::Reset(key, Defect::Operation)),
         };
-        let credit = CreditInfo { buf_alloc: header.buf_alloc, fwd_cnt: header.fwd_cnt };
-        Ok(Self { key, message, credit })
+        let credit = CreditInfo {
+            buf_alloc: header.buf_alloc,
+            fwd_cnt: header.fwd_cnt,
+        };
+        Ok(Self {
+            key,
+            message,
+            credit,
+        })
     }
 
     /// The header that carries this packet from the host to the guest.
     pub fn to_guest(&self, guest: GuestCid) -> Header {
-        self.header((HOST_CID, self.key.host_port), (u64::from(guest.get()), self.key.guest_port))
+        self.header(
+            (HOST_CID, self.key.host_port),
+            (u64::from(guest.get()), self.key.guest_port),
+        )
     }
 
     /// The header that carries this packet from the guest to the host: what a driver writes.
     pub fn to_host(&self, guest: GuestCid) -> Header {
-        self.header((u64::from(guest.get()), self.key.guest_port), (HOST_CID, self.key.host_port))
+        self.header(
+            (u64::from(guest.get()), self.key.guest_port),
+            (HOST_CID, self.key.host_port),
+        )
     }
 
     fn header(&self, src: (u64, u32), dst: (u64, u32)) -> Header {
@@ -365,11 +390,19 @@ mod tests {
         }
     }
 
-    const KEY: ConnectionKey = ConnectionKey { guest_port: 0x0102_0304, host_port: 1024 };
+    const KEY: ConnectionKey = ConnectionKey {
+        guest_port: 0x0102_0304,
+        host_port: 1024,
+    };
 
     #[test]
     fn header_encoded_has_the_specified_layout() {
-        let bytes = Header { len: 5, flags: 3, ..header(Op::Data) }.encode();
+        let bytes = Header {
+            len: 5,
+            flags: 3,
+            ..header(Op::Data)
+        }
+        .encode();
         let expected: [u8; HEADER_LEN] = [
             3, 0, 0, 0, 0, 0, 0, 0, // src_cid
             2, 0, 0, 0, 0, 0, 0, 0, // dst_cid
@@ -391,7 +424,10 @@ mod tests {
         for (n, byte) in bytes.iter_mut().enumerate() {
             *byte = u8::try_from(n * 5 % 251).unwrap();
         }
-        assert_eq!(Header::parse(&bytes).map(|header| header.encode()), Ok(bytes));
+        assert_eq!(
+            Header::parse(&bytes).map(|header| header.encode()),
+            Ok(bytes)
+        );
     }
 
     #[test]
@@ -408,27 +444,44 @@ mod tests {
         let bytes = header(Op::Request).encode();
         assert!(Header::parse(&bytes).is_ok());
         let error = Header::parse(&bytes[..HEADER_LEN - 1]);
-        assert!(matches!(error, Err(WireError::Short { need: HEADER_LEN, got: 43, .. })));
+        assert!(matches!(
+            error,
+            Err(WireError::Short {
+                need: HEADER_LEN,
+                got: 43,
+                ..
+            })
+        ));
     }
 
     #[test]
     fn packet_from_another_cid_or_to_another_cid_is_dropped() {
         for (src_cid, dst_cid) in [(4, 2), (3, 3), (3, 0), (2, 2), (3, 2 | 1 << 32)] {
-            let header = Header { src_cid, dst_cid, ..header(Op::Request) };
+            let header = Header {
+                src_cid,
+                dst_cid,
+                ..header(Op::Request)
+            };
             assert_eq!(Packet::from_guest(&header, GUEST), Err(Rejection::Address));
         }
     }
 
     #[test]
     fn packet_of_unknown_type_is_answered_with_a_reset() {
-        let header = Header { socket_type: 2, ..header(Op::Request) };
+        let header = Header {
+            socket_type: 2,
+            ..header(Op::Request)
+        };
         let rejection = Rejection::Reset(KEY, Defect::SocketType);
         assert_eq!(Packet::from_guest(&header, GUEST), Err(rejection));
     }
 
     #[test]
     fn reset_of_unknown_type_is_not_answered() {
-        let header = Header { socket_type: 2, ..header(Op::Reset) };
+        let header = Header {
+            socket_type: 2,
+            ..header(Op::Reset)
+        };
         assert_eq!(Packet::from_guest(&header, GUEST), Err(Rejection::Silent));
     }
 
@@ -443,26 +496,39 @@ mod tests {
 
     #[test]
     fn data_at_the_cap_is_accepted_and_one_past_it_is_reset() {
-        let at = Header { len: MAX_PAYLOAD, ..header(Op::Data) };
+        let at = Header {
+            len: MAX_PAYLOAD,
+            ..header(Op::Data)
+        };
         let message = Packet::from_guest(&at, GUEST).map(|packet| packet.message);
         assert_eq!(message, Ok(Message::Data { len: MAX_PAYLOAD }));
-        let past = Header { len: MAX_PAYLOAD + 1, ..header(Op::Data) };
+        let past = Header {
+            len: MAX_PAYLOAD + 1,
+            ..header(Op::Data)
+        };
         let rejection = Rejection::Reset(KEY, Defect::Length);
         assert_eq!(Packet::from_guest(&past, GUEST), Err(rejection));
     }
 
     #[test]
     fn length_of_a_control_packet_is_ignored() {
-        let header = Header { len: u32::MAX, ..header(Op::Request) };
+        let header = Header {
+            len: u32::MAX,
+            ..header(Op::Request)
+        };
         let message = Packet::from_guest(&header, GUEST).map(|packet| packet.message);
         assert_eq!(message, Ok(Message::Request));
     }
 
     #[test]
     fn shutdown_flags_map_to_directions() {
-        for (flags, receive, send) in
-            [(0, false, false), (1, true, false), (2, false, true), (3, true, true), (!3, false, false)]
-        {
+        for (flags, receive, send) in [
+            (0, false, false),
+            (1, true, false),
+            (2, false, true),
+            (3, true, true),
+            (!3, false, false),
+        ] {
             assert_eq!(Shutdown::from_wire(flags), Shutdown { receive, send });
             assert_eq!(Shutdown { receive, send }.to_wire(), flags & 3);
         }
@@ -474,15 +540,28 @@ mod tests {
             Message::Request,
             Message::Response,
             Message::Reset,
-            Message::Shutdown(Shutdown { receive: false, send: true }),
+            Message::Shutdown(Shutdown {
+                receive: false,
+                send: true,
+            }),
             Message::Data { len: 9 },
             Message::CreditUpdate,
             Message::CreditRequest,
         ];
         for message in messages {
-            let credit = CreditInfo { buf_alloc: 1, fwd_cnt: u32::MAX };
-            let packet = Packet { key: KEY, message, credit };
-            assert_eq!(Packet::from_guest(&packet.to_host(GUEST), GUEST), Ok(packet));
+            let credit = CreditInfo {
+                buf_alloc: 1,
+                fwd_cnt: u32::MAX,
+            };
+            let packet = Packet {
+                key: KEY,
+                message,
+                credit,
+            };
+            assert_eq!(
+                Packet::from_guest(&packet.to_host(GUEST), GUEST),
+                Ok(packet)
+            );
             let reply = packet.to_guest(GUEST);
             assert_eq!((reply.src_cid, reply.src_port), (HOST_CID, KEY.host_port));
             assert_eq!((reply.dst_cid, reply.dst_port), (3, KEY.guest_port));
