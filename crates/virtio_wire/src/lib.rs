@@ -19,6 +19,7 @@ pub mod console;
 mod device_id;
 mod features;
 mod status;
+pub mod vsock;
 
 pub use bytes::WireError;
 pub use device_id::DeviceId;
