@@ -6,6 +6,7 @@
 mod apt;
 mod cache;
 mod cpio;
+mod images;
 mod node;
 mod node_verb;
 mod process;

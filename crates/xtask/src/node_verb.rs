@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::node::{self, Job, Machine, Work};
-use crate::{apt, workspace};
+use crate::{apt, images, workspace};
 
 /// What `cargo xtask node` takes.
 #[derive(clap::Args)]
@@ -36,7 +36,7 @@ pub(crate) struct Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     apt::ensure(&[])?;
     let image = node::image()?;
-    std::fs::create_dir_all(workspace::dist()).context("cannot create the built tree")?;
+    images::install(&images::small()?, &workspace::dist())?;
     let folder = tempfile::tempdir().context("cannot create a temporary folder")?;
     let script = arguments
         .command
@@ -54,7 +54,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         folder: folder.path(),
         dist: &workspace::dist(),
         source: &workspace::root(),
-        images: &[],
+        images: &[("default", images::SMALL), ("k8s.io", images::SMALL)],
         machine: Machine {
             memory_mib: arguments.memory,
             limit: arguments.timeout.map(Duration::from_secs),
