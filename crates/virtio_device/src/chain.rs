@@ -123,7 +123,7 @@ struct Table {
 impl Table {
     fn indirect(descriptor: &Descriptor) -> Result<Self, ChainFault> {
         let len = descriptor.len();
-        if len == 0 || len % DESCRIPTOR_BYTES != 0 {
+        if len == 0 || !len.is_multiple_of(DESCRIPTOR_BYTES) {
             return Err(ChainFault::BadIndirect);
         }
         Ok(Self {

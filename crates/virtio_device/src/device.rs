@@ -105,3 +105,11 @@ impl<S: GuestSpace> Activation<S> {
         }
     }
 }
+
+/// Fills `data` from `config` at `offset`; bytes past the end read as zero (virtio v1.3 §2.5).
+pub(crate) fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    let rest = config.get(start..).unwrap_or_default();
+    let bytes = rest.iter().copied().chain(std::iter::repeat(0));
+    data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+}

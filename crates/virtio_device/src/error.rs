@@ -65,6 +65,22 @@ pub enum DeviceError {
     },
 }
 
+impl DeviceError {
+    pub(crate) fn foreign_state(device: DeviceId) -> Self {
+        Self::State {
+            device,
+            reason: "it belongs to another kind of device",
+        }
+    }
+
+    pub(crate) fn unknown_state_version(device: DeviceId) -> Self {
+        Self::State {
+            device,
+            reason: "its version is not one this build knows",
+        }
+    }
+}
+
 /// Which rule a descriptor chain broke.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChainFault {

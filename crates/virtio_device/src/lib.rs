@@ -24,14 +24,18 @@
 //! # Memory
 //! Devices are generic over [`GuestSpace`], so that tests, fuzz targets and checkers bring their own.
 
+pub mod balloon;
+pub mod block;
 mod buffers;
 mod chain;
+pub mod console;
 mod device;
 mod error;
 mod guest_io;
 mod interrupt;
 mod metrics;
 mod queue;
+pub mod rng;
 mod state;
 mod worker;
 

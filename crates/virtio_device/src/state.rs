@@ -5,10 +5,21 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::balloon::BalloonState;
+use crate::block::BlockState;
+use crate::console::ConsoleState;
+use crate::rng::RngState;
+
 /// What [`crate::VirtioDevice::save`] gives and `restore` takes; the caller picks the encoding.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum DeviceState {
-    /// Entropy source: nothing but its presence.
-    Rng,
+    /// Block device.
+    Block(BlockState),
+    /// Memory balloon.
+    Balloon(BalloonState),
+    /// Console.
+    Console(ConsoleState),
+    /// Entropy source.
+    Rng(RngState),
 }
