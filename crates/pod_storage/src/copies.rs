@@ -1,0 +1,135 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! Reads the small host files and folders that a container mounts read-only, for the guest to hold in memory.
+
+use std::fs::{self, File, Metadata};
+use std::io::Read;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use agent_proto::api;
+use pod_spec::HostCopy;
+
+use crate::error::StorageError;
+
+/// The most bytes that one container's copied files may have: they cross to the guest in one ttrpc message of at most
+/// 4 MiB.
+pub const MAX_COPY_BYTES: u64 = 1 << 20;
+
+/// The most files, folders and links that one container may have copied.
+pub const MAX_COPY_ENTRIES: usize = 1024;
+
+/// What is left of the caps.
+struct Budget {
+    bytes: u64,
+    entries: usize,
+}
+
+/// The contents of each of `copies`.
+pub(crate) fn read_all(copies: &[HostCopy]) -> Result<Vec<api::CopiedMount>, StorageError> {
+    let mut budget = Budget {
+        bytes: MAX_COPY_BYTES,
+        entries: MAX_COPY_ENTRIES,
+    };
+    copies
+        .iter()
+        .map(|copy| {
+            let mut entries = Vec::new();
+            // The mount's source itself may be a link; what it points to is meant, as for a bind mount.
+            let metadata =
+                fs::metadata(&copy.source).map_err(StorageError::io("read", &copy.source))?;
+            read_tree(&copy.source, &metadata, &mut budget, &mut entries)?;
+            Ok(api::CopiedMount {
+                index: copy.index,
+                entries,
+                ..Default::default()
+            })
+        })
+        .collect()
+}
+
+fn read_tree(
+    root: &Path,
+    metadata: &Metadata,
+    budget: &mut Budget,
+    entries: &mut Vec<api::CopiedFile>,
+) -> Result<(), StorageError> {
+    let mut pending: Vec<(PathBuf, Metadata)> = vec![(PathBuf::new(), metadata.clone())];
+    while let Some((relative, metadata)) = pending.pop() {
+        let path = if relative.as_os_str().is_empty() {
+            root.to_owned()
+        } else {
+            root.join(&relative)
+        };
+        let too_large = || StorageError::CopyTooLarge(root.to_owned());
+        budget.entries = budget.entries.checked_sub(1).ok_or_else(too_large)?;
+        let content = read_entry(&path, &metadata, budget)
+            .and_then(|content| content.ok_or_else(too_large))?;
+        if matches!(content, api::copied_file::Content::Directory(_)) {
+            for entry in path.read_dir().map_err(StorageError::io("list", &path))? {
+                let entry = entry.map_err(StorageError::io("list", &path))?;
+                let metadata = entry
+                    .metadata()
+                    .map_err(StorageError::io("read", &entry.path()))?;
+                pending.push((relative.join(entry.file_name()), metadata));
+                if pending.len() > MAX_COPY_ENTRIES {
+                    return Err(too_large());
+                }
+            }
+        }
+        entries.push(api::CopiedFile {
+            path: relative.to_string_lossy().into_owned(),
+            mode: metadata.mode() & 0o7777,
+            uid: metadata.uid(),
+            gid: metadata.gid(),
+            content: Some(content),
+            ..Default::default()
+        });
+    }
+    Ok(())
+}
+
+/// One entry's content, or `None` if it is past the budget.
+fn read_entry(
+    path: &Path,
+    metadata: &Metadata,
+    budget: &mut Budget,
+) -> Result<Option<api::copied_file::Content>, StorageError> {
+    let kind = metadata.file_type();
+    if kind.is_dir() {
+        return Ok(Some(
+            api::copied_file::Content::Directory(api::Empty::new()),
+        ));
+    }
+    if kind.is_symlink() {
+        let target = fs::read_link(path).map_err(StorageError::io("read the link", path))?;
+        return Ok(Some(api::copied_file::Content::Symlink(
+            target.to_string_lossy().into_owned(),
+        )));
+    }
+    if !kind.is_file() {
+        let kind = if kind.is_socket() {
+            "socket"
+        } else if kind.is_fifo() {
+            "pipe"
+        } else {
+            "device"
+        };
+        return Err(StorageError::CopyKind {
+            path: path.to_owned(),
+            kind,
+        });
+    }
+    let mut data = Vec::new();
+    let file = File::open(path).map_err(StorageError::io("open", path))?;
+    file.take(budget.bytes.saturating_add(1))
+        .read_to_end(&mut data)
+        .map_err(StorageError::io("read", path))?;
+    let len = u64::try_from(data.len()).unwrap_or(u64::MAX);
+    let Some(left) = budget.bytes.checked_sub(len) else {
+        return Ok(None);
+    };
+    budget.bytes = left;
+    Ok(Some(api::copied_file::Content::Data(data)))
+}
