@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::node::{self, Job, Machine, Work};
+use crate::node::{Job, Machine, Place, Work};
 use crate::{apt, images, workspace};
 
 /// What `cargo xtask node` takes.
@@ -18,6 +18,9 @@ pub(crate) struct Arguments {
     /// Take the built tree as it is.
     #[arg(long)]
     no_build: bool,
+    /// Run the command on this machine, in namespaces of its own, in place of the nested node.
+    #[arg(long)]
+    host: bool,
     /// The node's memory in MiB.
     #[arg(long, default_value_t = 3072)]
     memory: u32,
@@ -35,7 +38,11 @@ pub(crate) struct Arguments {
 /// When the node cannot be made or does not run to its end.
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     apt::ensure(&[])?;
-    let image = node::image()?;
+    let place = if arguments.host {
+        Place::Host
+    } else {
+        Place::nested()?
+    };
     images::install(&images::small()?, &workspace::dist())?;
     let folder = tempfile::tempdir().context("cannot create a temporary folder")?;
     let script = arguments
@@ -61,7 +68,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
             ..Machine::default()
         },
     };
-    let code = node::run(&image, &job, &mut io::stdout(), &mut io::stderr())?;
+    let code = place.run(&job, &mut io::stdout(), &mut io::stderr())?;
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX)))
 }
 

@@ -56,14 +56,19 @@ const FILES: &[(&str, u32, &str)] = &[
         include_str!("../../../../ci/node/boot"),
     ),
     (
-        "usr/lib/coffer-node/services",
+        "usr/lib/coffer-node/job",
         0o644,
-        include_str!("../../../../ci/node/services"),
+        include_str!("../../../../ci/node/job"),
     ),
     (
         "etc/containerd/config.toml",
         0o644,
         include_str!("../../../../ci/node/containerd.toml"),
+    ),
+    (
+        "etc/coffer/config.toml",
+        0o644,
+        include_str!("../../../../ci/node/config.toml"),
     ),
     (
         "etc/cni/net.d/10-bridge.conflist",

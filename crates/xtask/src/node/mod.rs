@@ -1,11 +1,15 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! The nested node: a machine emulated by QEMU, with AMD SVM, in which Debian's kernel offers a real `/dev/kvm`.
+//! Where jobs with VMs run: on this machine if its KVM can run a guest, else in the nested node, a machine emulated by
+//! QEMU with AMD SVM, in which Debian's kernel offers a real `/dev/kvm`.
 //!
-//! A node runs one job and ends. Nodes are independent of each other: no fixed ports, no fixed paths, a data disk of
-//! their own that nobody can see by name. A node ends at the latest when the thread that started it does.
+//! Both give a job the same paths and a containerd of its own. A node runs one job and ends. Nodes are independent of
+//! each other: no fixed ports, no fixed paths, a data disk that nobody else sees. A node ends at the latest when the
+//! thread that started it does.
 
+mod child;
+mod host;
 mod image;
 mod modules;
 mod qemu;
@@ -21,7 +25,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-pub(crate) use self::image::{Image, ensure as image};
+use self::image::Image;
 use crate::process;
 use crate::step::seconds;
 
@@ -29,6 +33,22 @@ use crate::step::seconds;
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
 /// From a job's end to QEMU's.
 const STOP_LIMIT: Duration = Duration::from_secs(60);
+
+/// Where jobs run.
+pub(crate) enum Place {
+    /// On this machine.
+    Host,
+    /// In an emulated machine.
+    Nested(Image),
+}
+
+/// The pipes of a job that was started.
+struct Running {
+    process: Child,
+    out: PipeReader,
+    err: PipeReader,
+    control: PipeReader,
+}
 
 /// What a node does.
 pub(crate) enum Work<'a> {
@@ -75,35 +95,86 @@ impl Default for Machine {
     }
 }
 
-/// Boots a node, runs `job`, and returns its exit code. What the job writes arrives at `out` and `err` as it is written.
-///
-/// # Errors
-/// When the node does not boot or does not end in time; the end of its console is in the error.
-pub(crate) fn run(
-    image: &Image,
+impl Place {
+    /// This machine if a probe guest runs on its KVM, else the nested node. Says which, and why.
+    ///
+    /// # Errors
+    /// When the nested node cannot be made.
+    pub(crate) fn choose() -> Result<Self> {
+        match kvm_probe::probe(Path::new("/dev/kvm")) {
+            Ok(report) => {
+                eprintln!(
+                    "==> this machine's KVM runs guests (probed in {})",
+                    seconds(report.elapsed)
+                );
+                Ok(Self::Host)
+            }
+            Err(reason) => {
+                eprintln!(
+                    "==> using the nested node, for this machine's KVM cannot run guests: {reason}"
+                );
+                Self::nested()
+            }
+        }
+    }
+
+    /// The nested node, whatever this machine can do.
+    ///
+    /// # Errors
+    /// When its image cannot be made.
+    pub(crate) fn nested() -> Result<Self> {
+        Ok(Self::Nested(image::ensure()?))
+    }
+
+    /// Runs `job` to its end and returns its exit code. What it writes arrives at `out` and `err` as it is written.
+    ///
+    /// # Errors
+    /// When the node does not boot or the job does not end in time; the end of the node's console is in the error.
+    pub(crate) fn run(
+        &self,
+        job: &Job,
+        out: &mut (dyn Write + Send),
+        err: &mut (dyn Write + Send),
+    ) -> Result<i32> {
+        prepare(job)?;
+        match self {
+            Self::Host => {
+                let (running, folders) = host::start(job)?;
+                let code = follow(running, job, out, err)?;
+                folders.remove()?;
+                Ok(code)
+            }
+            Self::Nested(image) => {
+                let running = qemu::start(image, job)?;
+                follow(running, job, out, err).with_context(|| {
+                    let console = job.folder.join("console.log");
+                    let text = fs::read(&console).unwrap_or_default();
+                    let end = process::last_lines(&String::from_utf8_lossy(&text));
+                    format!(
+                        "nested node; its console is in {} and ends:\n{end}\n",
+                        console.display()
+                    )
+                })
+            }
+        }
+    }
+}
+
+/// Relays the job's output until it ends; its exit code.
+fn follow(
+    mut running: Running,
     job: &Job,
     out: &mut (dyn Write + Send),
     err: &mut (dyn Write + Send),
 ) -> Result<i32> {
-    prepare(job)?;
-    let mut node = qemu::start(image, job)?;
-    let (job_out, job_err) = (node.out, node.err);
-    let ended = thread::scope(|scope| {
+    let (job_out, job_err) = (running.out, running.err);
+    thread::scope(|scope| {
         scope.spawn(move || relay(job_out, out));
         scope.spawn(move || relay(job_err, err));
-        let ended = watch(&mut node.control, job.machine.limit);
+        let ended = watch(&mut running.control, job.machine.limit);
         // Also what ends the two threads above: their pipes have no writer any more.
-        stop(&mut node.process);
+        stop(&mut running.process);
         ended
-    });
-    ended.with_context(|| {
-        let console = job.folder.join("console.log");
-        let text = fs::read(&console).unwrap_or_default();
-        let end = process::last_lines(&String::from_utf8_lossy(&text));
-        format!(
-            "nested node; its console is in {} and ends:\n{end}\n",
-            console.display()
-        )
     })
 }
 
@@ -146,7 +217,7 @@ fn relay(mut from: PipeReader, to: &mut (dyn Write + Send)) {
     }
 }
 
-/// Follows what the node says on its control port (see `ci/node/boot`) until QEMU ends; the job's exit code.
+/// Follows what the node says on its control port (see `ci/node/boot`) until it ends; the job's exit code.
 fn watch(control: &mut PipeReader, limit: Option<Duration>) -> Result<i32> {
     let begin = Instant::now();
     let mut deadline = Some(begin + BOOT_LIMIT);

@@ -3,25 +3,16 @@
 
 //! QEMU's command line, and QEMU as a child that cannot outlive the thread that started it.
 
-#![expect(
-    unsafe_code,
-    reason = "the parent-death signal and inherited descriptors are set between fork and exec"
-)]
-
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, PipeReader, PipeWriter};
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::io::{self, PipeWriter};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::prctl;
-use nix::sys::signal::Signal;
 
-use super::{Image, Job, Work};
+use super::{Image, Job, Running, Work, child};
 use crate::{process, workspace};
 
 /// The size of containerd's disk; sparse.
@@ -31,16 +22,8 @@ const DATA_DISK_BYTES: u64 = 32 << 30;
 const KERNEL_PARAMETERS: &str = "console=ttyS0 quiet loglevel=4 panic=-1 rdinit=/init mitigations=off nokaslr \
                                  tsc=reliable no_timer_check random.trust_cpu=on";
 
-/// A running QEMU and the pipes from the node's ports.
-pub(crate) struct Qemu {
-    pub(crate) process: Child,
-    pub(crate) out: PipeReader,
-    pub(crate) err: PipeReader,
-    pub(crate) control: PipeReader,
-}
-
 /// Starts QEMU. It dies with the calling thread.
-pub(crate) fn start(image: &Image, job: &Job) -> Result<Qemu> {
+pub(crate) fn start(image: &Image, job: &Job) -> Result<Running> {
     let (out, out_end) = io::pipe().context("cannot make a pipe")?;
     let (err, err_end) = io::pipe().context("cannot make a pipe")?;
     let (control, control_end) = io::pipe().context("cannot make a pipe")?;
@@ -72,36 +55,18 @@ pub(crate) fn start(image: &Image, job: &Job) -> Result<Qemu> {
             .args(["-device", "virtconsole,chardev=terminal"]),
     };
     let inherited = [
-        out_end.as_raw_fd(),
-        err_end.as_raw_fd(),
-        control_end.as_raw_fd(),
-        data.as_raw_fd(),
+        out_end.as_fd(),
+        err_end.as_fd(),
+        control_end.as_fd(),
+        data.as_fd(),
     ];
-    // SAFETY: between fork and exec only prctl and fcntl are called, which are async-signal-safe, and no memory is
-    // allocated; `inherited` are open descriptors of this function, copied into the child.
-    unsafe {
-        qemu.pre_exec(move || {
-            prctl::set_pdeathsig(Signal::SIGKILL)?;
-            inherited
-                .iter()
-                .try_for_each(|descriptor| keep_at_exec(*descriptor))
-        });
-    }
-    let process = qemu.spawn().context("cannot run qemu-system-x86_64")?;
-    Ok(Qemu {
+    let process = child::spawn(&mut qemu, &inherited)?;
+    Ok(Running {
         process,
         out,
         err,
         control,
     })
-}
-
-/// Clears the close-on-exec flag.
-fn keep_at_exec(descriptor: RawFd) -> io::Result<()> {
-    // SAFETY: called in the child for descriptors that the parent's `start` holds open until after the fork.
-    let descriptor = unsafe { BorrowedFd::borrow_raw(descriptor) };
-    fcntl(descriptor, FcntlArg::F_SETFD(FdFlag::empty()))?;
-    Ok(())
 }
 
 fn machine(qemu: &mut Command, image: &Image, job: &Job) {
@@ -161,7 +126,7 @@ fn port(qemu: &mut Command, name: &str, end: &PipeWriter) {
 }
 
 /// A path at which QEMU, which inherits the descriptor, opens the same file, also if it has no name any more.
-fn by_descriptor(descriptor: RawFd) -> std::path::PathBuf {
+fn by_descriptor(descriptor: RawFd) -> PathBuf {
     Path::new("/proc/self/fd").join(descriptor.to_string())
 }
 
