@@ -104,8 +104,14 @@ impl RuntimeConfig {
     /// [`ConfigError::Toml`] if it is no TOML, [`ConfigError::Mistakes`] with every mistake in it.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let mut text = ConfigText::parse(text)?;
-        let config = Self {
-            guest: Guest::read(&mut text),
+        let config = Self::read(&mut text);
+        text.finish()?;
+        Ok(config)
+    }
+
+    fn read(text: &mut ConfigText) -> Self {
+        Self {
+            guest: Guest::read(text),
             vmm: Vmm {
                 path: text.path("vmm.path", "/opt/coffer/bin/coffer-vmm"),
                 uid: text.number("vmm.uid", 64_936, (1, u32::MAX - 1)),
@@ -128,9 +134,14 @@ impl RuntimeConfig {
                     LogLevel::Info,
                 ),
             },
-        };
-        text.finish()?;
-        Ok(config)
+        }
+    }
+}
+
+impl Default for RuntimeConfig {
+    /// The config of a node without a config file.
+    fn default() -> Self {
+        Self::read(&mut ConfigText::empty())
     }
 }
 

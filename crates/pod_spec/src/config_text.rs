@@ -99,6 +99,15 @@ impl ConfigText {
         })
     }
 
+    /// A file without a key.
+    pub(crate) fn empty() -> Self {
+        Self {
+            values: BTreeMap::new(),
+            known: Vec::new(),
+            mistakes: Vec::new(),
+        }
+    }
+
     fn take(&mut self, key: &str) -> Option<toml::Value> {
         self.known.push(key.to_owned());
         self.values.remove(key)
