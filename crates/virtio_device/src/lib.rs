@@ -35,8 +35,13 @@ mod guest_io;
 mod interrupt;
 mod metrics;
 mod queue;
+#[cfg(test)]
+mod queue_tests;
 pub mod rng;
 mod state;
+#[cfg(test)]
+mod testing;
+pub mod vsock;
 mod worker;
 
 pub use buffers::{Buffers, Segment};

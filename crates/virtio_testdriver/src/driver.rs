@@ -59,6 +59,14 @@ impl TestDriver {
         }
     }
 
+    /// Starts at another position than 0 in both rings, as after `index` requests; before the first `add`.
+    pub fn start_at(&mut self, index: u16) {
+        self.used_index = index;
+        self.set_avail_index(index);
+        self.mem
+            .write(self.rings.used_ring + 2, &index.to_le_bytes());
+    }
+
     /// Where the rings are.
     #[must_use]
     pub fn rings(&self) -> RingAddresses {
@@ -185,7 +193,7 @@ impl TestDriver {
         self.mem.read_u16(self.rings.used_ring)
     }
 
-    /// Chains that the device has not given back.
+    /// Descriptors that no chain uses.
     #[must_use]
     pub fn free_descriptors(&self) -> usize {
         self.free.len()

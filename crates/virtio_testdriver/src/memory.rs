@@ -4,14 +4,15 @@
 //! Guest memory for tests.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-/// Guest memory of `size` bytes from address 0, with an allocator that only goes up.
+/// Guest memory of `size` bytes from address 0, with an allocator that only goes up; clones share both.
 #[derive(Clone)]
 pub struct TestMemory {
     mem: Arc<GuestMemoryMmap>,
-    next: u64,
+    next: Arc<AtomicU64>,
     size: u64,
 }
 
@@ -26,7 +27,7 @@ impl TestMemory {
             GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).expect("map test memory");
         Self {
             mem: Arc::new(mem),
-            next: 0x1000,
+            next: Arc::new(AtomicU64::new(0x1000)),
             size: size as u64,
         }
     }
@@ -42,9 +43,9 @@ impl TestMemory {
     /// # Panics
     /// Memory is used up.
     pub fn alloc(&mut self, len: u64, align: u64) -> u64 {
-        let addr = self.next.next_multiple_of(align);
-        self.next = addr + len;
-        assert!(self.next <= self.size, "test memory is used up");
+        let addr = self.next.load(Ordering::Relaxed).next_multiple_of(align);
+        assert!(addr + len <= self.size, "test memory is used up");
+        self.next.store(addr + len, Ordering::Relaxed);
         addr
     }
 
