@@ -171,7 +171,7 @@ impl Connection {
         Self {
             phase,
             from_guest: ReceiveWindow::new(window),
-            to_guest: SendCredit::new(),
+            to_guest: SendCredit::default(),
             guest: Shutdown::default(),
             host: Shutdown::default(),
             told: Shutdown::default(),
@@ -439,11 +439,20 @@ impl Connection {
         std::mem::take(&mut self.owed.credit_request).then_some(Message::CreditRequest)
     }
 
+    /// Whether bytes of the host are of any use now: they may go, or the guest should be asked for credit.
+    pub fn takes_data(&self) -> bool {
+        self.to_guest_open() && (self.to_guest.available() > 0 || !self.asked)
+    }
+
+    fn to_guest_open(&self) -> bool {
+        self.phase == Phase::Open && !self.owed.response && !self.host.send && !self.guest.receive
+    }
+
     /// How many bytes the next packet of data may carry; 0 if none may go now.
     ///
     /// Call it only when the host has bytes: without credit, it makes the machine ask the guest for some, once.
     pub fn data_room(&mut self) -> u32 {
-        if self.phase != Phase::Open || self.owed.response || self.host.send || self.guest.receive {
+        if !self.to_guest_open() {
             return 0;
         }
         let room = self.to_guest.available().min(MAX_PAYLOAD);

@@ -92,8 +92,9 @@ impl ReceiveWindow {
     }
 }
 
-/// The host's stream on its way to the guest: the guest's receive buffer, as far as it told us.
-#[derive(Debug, Clone)]
+/// The host's stream on its way to the guest: the guest's receive buffer, as far as it told us. By default nothing is
+/// sent and no buffer known.
+#[derive(Debug, Clone, Default)]
 pub struct SendCredit {
     buf_alloc: u32,
     sent: u32,
@@ -101,15 +102,6 @@ pub struct SendCredit {
 }
 
 impl SendCredit {
-    /// Nothing sent, no buffer known.
-    pub fn new() -> Self {
-        Self {
-            buf_alloc: 0,
-            sent: 0,
-            taken: 0,
-        }
-    }
-
     /// Takes in the fields of a header from the guest.
     ///
     /// A count older than the newest known is ignored: a driver may queue packets in another order than it filled
@@ -207,7 +199,7 @@ mod tests {
 
     #[test]
     fn credit_is_what_the_guest_has_room_for() {
-        let mut credit = SendCredit::new();
+        let mut credit = SendCredit::default();
         assert_eq!(credit.available(), 0);
         credit.learn(info(100, 0)).unwrap();
         credit.spend(70);
@@ -231,7 +223,7 @@ mod tests {
 
     #[test]
     fn guest_that_took_more_than_was_sent_is_caught() {
-        let mut credit = SendCredit::new();
+        let mut credit = SendCredit::default();
         credit.learn(info(100, 0)).unwrap();
         credit.spend(10);
         let lie = credit.learn(info(100, 11));
@@ -241,7 +233,7 @@ mod tests {
 
     #[test]
     fn count_older_than_the_newest_is_ignored() {
-        let mut credit = SendCredit::new();
+        let mut credit = SendCredit::default();
         credit.learn(info(100, 0)).unwrap();
         credit.spend(50);
         credit.learn(info(100, 40)).unwrap();
@@ -251,7 +243,7 @@ mod tests {
 
     #[test]
     fn buffer_of_absurd_size_is_believed_up_to_the_cap() {
-        let mut credit = SendCredit::new();
+        let mut credit = SendCredit::default();
         credit.learn(info(u32::MAX, 0)).unwrap();
         assert_eq!(credit.available(), MAX_GUEST_BUFFER);
         credit.spend(u32::MAX);
@@ -263,7 +255,7 @@ mod tests {
 
     #[test]
     fn buffer_that_shrank_below_what_is_in_flight_gives_no_credit() {
-        let mut credit = SendCredit::new();
+        let mut credit = SendCredit::default();
         credit.learn(info(100, 0)).unwrap();
         credit.spend(50);
         credit.learn(info(20, 0)).unwrap();
