@@ -12,6 +12,9 @@
 //!
 //! Raw bytes carry no frames, so that each end can splice. How many there are is said on the control connection:
 //! [`api::StreamEnded`] for output, [`api::CloseStdinRequest`] for input. Nobody has to trust a half-close.
+//!
+//! The host opens the streams of a process once `CreateContainer` or `StartExec` has answered; until then, output stays
+//! in the agent's pipes, and a process that has ended keeps its output until the host has it or removes the container.
 #![forbid(unsafe_code)]
 
 use ids::VsockPort;
@@ -33,6 +36,13 @@ pub const STDIO_PORT: VsockPort = VsockPort(1025);
 
 /// How long [`api::NextEventsRequest`] waits for an event before it is answered with none.
 pub const NEXT_EVENTS_WAIT: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// The most events in one answer to `NextEvents`; the agent keeps the rest for the next.
+pub const MAX_EVENTS: usize = 512;
+
+/// The longest answer to any call, in bytes: the host refuses a longer one before it decodes it. [`MAX_EVENTS`] events
+/// with the longest ids take less than 100 KiB.
+pub const MAX_ANSWER_LEN: usize = 128 << 10;
 
 pub use agent as api;
 
