@@ -194,11 +194,19 @@ impl Queue {
     /// # Errors
     /// The available ring has left memory.
     pub fn has_available<M: GuestMemory>(&self, mem: &M) -> Result<bool, DeviceError> {
+        Ok(self.available(mem)? != 0)
+    }
+
+    /// How many chains are waiting, as the driver says it; more than the queue's size is a lie that `pop` will find.
+    ///
+    /// # Errors
+    /// The available ring has left memory.
+    pub fn available<M: GuestMemory>(&self, mem: &M) -> Result<u16, DeviceError> {
         let index = self
             .ring
             .avail_idx(mem, Ordering::Acquire)
             .map_err(|source| self.ring_error(source))?;
-        Ok(index.0 != self.ring.next_avail())
+        Ok(index.0.wrapping_sub(self.ring.next_avail()))
     }
 
     /// Takes chains, lets `request` do each, and gives it back with the number of bytes written that `request`

@@ -9,6 +9,7 @@ use crate::balloon::BalloonState;
 use crate::block::BlockState;
 use crate::console::ConsoleState;
 use crate::rng::RngState;
+use crate::vsock::VsockState;
 
 /// What [`crate::VirtioDevice::save`] gives and `restore` takes; the caller picks the encoding.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,4 +23,6 @@ pub enum DeviceState {
     Console(ConsoleState),
     /// Entropy source.
     Rng(RngState),
+    /// Socket device.
+    Vsock(VsockState),
 }
