@@ -2,3 +2,35 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! containerd-shim-coffer-v2: containerd's shim v2 contract on top of a sandbox.
+//!
+//! ```text
+//! containerd ─ start ──> start ─ spawns ─> serve ─> Server ─> TaskService ─> sandbox::SandboxHandle
+//!            ─ ttrpc ────────────────────────┘         Publisher <─ sandbox::EventSink
+//!            ─ delete ─> delete
+//! ```
+//!
+//! This crate alone knows containerd; it keeps no state of tasks, and it names no VMM: that is for `main`.
+#![forbid(unsafe_code)]
+
+mod args;
+mod bootstrap;
+mod delete;
+mod error;
+mod events;
+mod host_cgroup;
+mod info;
+mod log;
+mod process;
+mod publisher;
+mod run;
+mod serve;
+mod socket;
+mod start;
+mod state_dir;
+mod status;
+mod task_service;
+
+pub use run::{Roots, run};
+pub use serve::{Node, PodParts, PodRequest};
+pub use status::to_status;
+pub use task_service::TaskService;

@@ -1,0 +1,451 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! The cgroup on the host that holds a pod's shim and VMM: the one that the spec of the pod's first container names.
+//!
+//! kubelet sets the pod's limits on its parent, so everything that the pod costs the host counts against the pod. `start`
+//! joins before it makes the shim, which inherits the place, as the VMM does. Where systemd manages cgroups
+//! (`slice:prefix:name`), the scope is made as a plain directory in the slice; systemd itself is not asked.
+//!
+//! A cgroup that was made here carries an extended attribute, and only such ones are ever removed: neither kubelet's pod
+//! cgroup nor one that was there before. Teardown may be repeated.
+
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{XattrFlags, getxattr, setxattr};
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, kill_process};
+
+/// Marks a cgroup that Coffer has made. `trusted.` attributes work in both cgroup versions and are root's alone.
+const MARK: &str = "trusted.coffer";
+
+/// How long teardown waits for killed processes to leave a cgroup.
+const EMPTY_LIMIT: Duration = Duration::from_secs(1);
+
+/// How often it looks.
+const EMPTY_POLL: Duration = Duration::from_millis(5);
+
+/// Why a pod could not be put into its cgroup.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CgroupError {
+    /// A path that is none.
+    #[error("linux.cgroupsPath {0:?} is neither a path without \"..\" nor \"slice:prefix:name\"")]
+    Path(String),
+    /// No cgroup file system.
+    #[error("no cgroup file system is mounted: mount cgroup2 at /sys/fs/cgroup")]
+    NoHierarchy,
+    /// A system call failed.
+    #[error("{operation} {path}")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CgroupError {
+    let path = path.to_path_buf();
+    move |source| CgroupError::Io {
+        operation,
+        path,
+        source,
+    }
+}
+
+/// Where a `linux.cgroupsPath` is below each hierarchy's root.
+fn relative_path(cgroups_path: &str) -> Result<PathBuf, CgroupError> {
+    let invalid = || CgroupError::Path(cgroups_path.to_owned());
+    let path = match cgroups_path.split(':').collect::<Vec<_>>().as_slice() {
+        [path] => PathBuf::from(path.trim_start_matches('/')),
+        [slice, prefix, name] => systemd_path(slice, prefix, name).ok_or_else(invalid)?,
+        _ => return Err(invalid()),
+    };
+    let plain = path
+        .components()
+        .all(|part| matches!(part, Component::Normal(_)));
+    if plain && path.components().next().is_some() {
+        Ok(path)
+    } else {
+        Err(invalid())
+    }
+}
+
+/// `a-b.slice:cri-containerd:id` is `a.slice/a-b.slice/cri-containerd-id.scope` (systemd.slice(5)).
+fn systemd_path(slice: &str, prefix: &str, name: &str) -> Option<PathBuf> {
+    let slice = if slice.is_empty() {
+        "system.slice"
+    } else {
+        slice
+    };
+    if [slice, prefix, name].iter().any(|part| part.contains('/')) {
+        return None;
+    }
+    let stem = slice.strip_suffix(".slice")?;
+    let mut path = PathBuf::new();
+    if stem != "-" {
+        for (at, _) in stem.match_indices('-') {
+            path.push(format!(
+                "{}.slice",
+                stem.get(..at).filter(|parent| !parent.is_empty())?
+            ));
+        }
+        path.push(slice);
+    }
+    path.push(if prefix.is_empty() {
+        format!("{name}.scope")
+    } else {
+        format!("{prefix}-{name}.scope")
+    });
+    Some(path)
+}
+
+/// A mounted cgroup hierarchy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Hierarchy {
+    mount: PathBuf,
+    cpuset_v1: bool,
+}
+
+/// The hierarchies with controllers, from `/proc/self/mountinfo` (proc(5)). On a hybrid node the unified one has none.
+pub(crate) fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
+    let mut v1: Vec<(String, Hierarchy)> = Vec::new();
+    let mut v2 = None;
+    for line in mountinfo.lines() {
+        let Some((before, after)) = line.split_once(" - ") else {
+            continue;
+        };
+        let Some(mount) = before.split(' ').nth(4).map(PathBuf::from) else {
+            continue;
+        };
+        let mut after = after.split(' ');
+        let (fs_type, options) = (after.next().unwrap_or(""), after.nth(1).unwrap_or(""));
+        match fs_type {
+            "cgroup2" if v2.is_none() => {
+                v2 = Some(Hierarchy {
+                    mount,
+                    cpuset_v1: false,
+                })
+            }
+            "cgroup" => {
+                let controllers = options
+                    .split_once(',')
+                    .map_or("", |(_, controllers)| controllers);
+                let named = controllers
+                    .split(',')
+                    .any(|option| option.starts_with("name="));
+                if !controllers.is_empty()
+                    && !named
+                    && !v1.iter().any(|(known, _)| known == controllers)
+                {
+                    let cpuset_v1 = controllers
+                        .split(',')
+                        .any(|controller| controller == "cpuset");
+                    v1.push((controllers.to_owned(), Hierarchy { mount, cpuset_v1 }));
+                }
+            }
+            _ => {}
+        }
+    }
+    if v1.is_empty() {
+        v2.into_iter().collect()
+    } else {
+        v1.into_iter().map(|(_, found)| found).collect()
+    }
+}
+
+/// Where `cgroups_path` is in each mounted hierarchy.
+///
+/// # Errors
+/// [`CgroupError::Path`], [`CgroupError::NoHierarchy`], or [`CgroupError::Io`] if `/proc` cannot be read.
+pub(crate) fn plan(cgroups_path: &str) -> Result<Vec<PodCgroup>, CgroupError> {
+    let relative = relative_path(cgroups_path)?;
+    let mountinfo = Path::new("/proc/self/mountinfo");
+    let text = fs::read_to_string(mountinfo).map_err(io_error("read", mountinfo))?;
+    let found = hierarchies(&text);
+    if found.is_empty() {
+        return Err(CgroupError::NoHierarchy);
+    }
+    Ok(found
+        .into_iter()
+        .map(|hierarchy| PodCgroup {
+            hierarchy,
+            relative: relative.clone(),
+        })
+        .collect())
+}
+
+/// A pod's cgroup in one hierarchy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PodCgroup {
+    hierarchy: Hierarchy,
+    relative: PathBuf,
+}
+
+impl PodCgroup {
+    /// Where it is.
+    pub(crate) fn path(&self) -> PathBuf {
+        self.hierarchy.mount.join(&self.relative)
+    }
+
+    /// Makes it and moves process `pid` into it.
+    ///
+    /// # Errors
+    /// [`CgroupError::Io`].
+    pub(crate) fn join(&self, pid: Pid) -> Result<(), CgroupError> {
+        let mut path = self.hierarchy.mount.clone();
+        for part in self.relative.components() {
+            let parent = path.clone();
+            path.push(part);
+            match fs::create_dir(&path) {
+                Ok(()) => {
+                    setxattr(&path, MARK, b"1", XattrFlags::empty())
+                        .map_err(|error| io_error("mark cgroup", &path)(error.into()))?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(io_error("make cgroup", &path)(error)),
+            }
+            if self.hierarchy.cpuset_v1 {
+                // A new cpuset is empty, and takes no process until it is not (cpusets(7)).
+                for file in ["cpuset.cpus", "cpuset.mems"] {
+                    inherit(&parent, &path, file)?;
+                }
+            }
+        }
+        enter(&path, pid)
+    }
+}
+
+fn enter(cgroup: &Path, pid: Pid) -> Result<(), CgroupError> {
+    let procs = cgroup.join("cgroup.procs");
+    fs::write(&procs, pid.as_raw_nonzero().to_string())
+        .map_err(io_error("write a process to", &procs))
+}
+
+fn inherit(parent: &Path, child: &Path, file: &str) -> Result<(), CgroupError> {
+    let path = child.join(file);
+    let own = fs::read_to_string(&path).map_err(io_error("read", &path))?;
+    if own.trim().is_empty() {
+        let from = parent.join(file);
+        let value = fs::read_to_string(&from).map_err(io_error("read", &from))?;
+        fs::write(&path, value.trim()).map_err(io_error("write", &path))?;
+    }
+    Ok(())
+}
+
+/// Moves this process out of `cgroups`, to the root of their hierarchies, so that they can be removed.
+///
+/// # Errors
+/// [`CgroupError::NoHierarchy`] or [`CgroupError::Io`].
+pub(crate) fn leave(cgroups: &[PathBuf]) -> Result<(), CgroupError> {
+    let mountinfo = Path::new("/proc/self/mountinfo");
+    let text = fs::read_to_string(mountinfo).map_err(io_error("read", mountinfo))?;
+    let found = hierarchies(&text);
+    for cgroup in cgroups {
+        let home = found
+            .iter()
+            .find(|hierarchy| cgroup.starts_with(&hierarchy.mount));
+        let home = home.ok_or(CgroupError::NoHierarchy)?;
+        enter(&home.mount, rustix::process::getpid())?;
+    }
+    Ok(())
+}
+
+/// Kills what is left in a cgroup that Coffer has made, and removes it together with the parents that Coffer has made and
+/// that are empty. Another's cgroup, or one that is gone, is left alone.
+///
+/// # Errors
+/// [`CgroupError::Io`] if it cannot be emptied in time.
+pub(crate) fn remove(cgroup: &Path) -> Result<(), CgroupError> {
+    if !is_ours(cgroup) {
+        return Ok(());
+    }
+    let deadline = Instant::now().checked_add(EMPTY_LIMIT);
+    loop {
+        let empty = kill_all(cgroup)?;
+        match fs::remove_dir(cgroup) {
+            Ok(()) => break,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+            Err(error) if empty && error.kind() != io::ErrorKind::ResourceBusy => {
+                return Err(io_error("remove cgroup", cgroup)(error));
+            }
+            Err(error) if deadline.is_none_or(|deadline| Instant::now() > deadline) => {
+                return Err(io_error("remove cgroup", cgroup)(error));
+            }
+            Err(_) => std::thread::sleep(EMPTY_POLL),
+        }
+    }
+    let mut parent = cgroup.parent();
+    while let Some(path) = parent.filter(|path| is_ours(path)) {
+        if fs::remove_dir(path).is_err() {
+            break;
+        }
+        parent = path.parent();
+    }
+    Ok(())
+}
+
+/// Whether the cgroup held no process.
+fn kill_all(cgroup: &Path) -> Result<bool, CgroupError> {
+    let path = cgroup.join("cgroup.procs");
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+        Err(error) => return Err(io_error("read", &path)(error)),
+    };
+    let pids = text
+        .lines()
+        .filter_map(|line| line.parse().ok())
+        .filter_map(Pid::from_raw);
+    let mut empty = true;
+    for pid in pids {
+        empty = false;
+        match kill_process(pid, Signal::KILL) {
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(error) => return Err(io_error("kill the processes of", cgroup)(error.into())),
+        }
+    }
+    Ok(empty)
+}
+
+fn is_ours(cgroup: &Path) -> bool {
+    let mut value = [0_u8; 8];
+    getxattr(cgroup, MARK, &mut value).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command};
+
+    const HYBRID: &str = "\
+25 20 0:22 / /sys/fs/cgroup rw,nosuid shared:9 - tmpfs tmpfs ro,mode=755
+26 25 0:23 / /sys/fs/cgroup/unified rw,nosuid shared:10 - cgroup2 cgroup2 rw,nsdelegate
+27 25 0:24 / /sys/fs/cgroup/systemd rw,nosuid shared:11 - cgroup cgroup rw,xattr,name=systemd
+28 25 0:25 / /sys/fs/cgroup/cpu,cpuacct rw shared:12 - cgroup cgroup rw,cpu,cpuacct
+29 25 0:26 / /sys/fs/cgroup/cpuset rw shared:13 - cgroup cgroup rw,cpuset
+30 25 0:26 / /mnt/again rw shared:13 - cgroup cgroup rw,cpuset
+";
+    const UNIFIED: &str =
+        "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate";
+
+    #[test]
+    fn paths_of_both_drivers_are_placed() {
+        let cases = [
+            (
+                "/kubepods/burstable/podu1/abc",
+                "kubepods/burstable/podu1/abc",
+            ),
+            ("/default/abc", "default/abc"),
+            (
+                "kubepods-burstable-podu_1.slice:cri-containerd:abc",
+                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podu_1.slice/cri-containerd-abc.scope",
+            ),
+            (":p:n", "system.slice/p-n.scope"),
+            ("-.slice::n", "n.scope"),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(
+                relative_path(text).unwrap(),
+                PathBuf::from(expected),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn paths_that_leave_the_hierarchy_are_refused() {
+        for text in [
+            "",
+            "/",
+            "/../x",
+            "/a/../../b",
+            "a:b",
+            "a:b:c",
+            "-a.slice:p:n",
+            "x.slice:p:../n",
+            "./a",
+        ] {
+            assert!(relative_path(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn hierarchies_with_controllers_are_found_once() {
+        let mounts = |text| {
+            hierarchies(text)
+                .into_iter()
+                .map(|found| (found.mount, found.cpuset_v1))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            mounts(HYBRID),
+            [
+                (PathBuf::from("/sys/fs/cgroup/cpu,cpuacct"), false),
+                (PathBuf::from("/sys/fs/cgroup/cpuset"), true)
+            ]
+        );
+        assert_eq!(mounts(UNIFIED), [(PathBuf::from("/sys/fs/cgroup"), false)]);
+        assert_eq!(mounts("garbage\n1 - \n"), []);
+    }
+
+    fn sleeper() -> (Child, Pid) {
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
+        (child, pid)
+    }
+
+    #[test]
+    fn process_is_placed_and_nothing_of_ours_is_left() {
+        let name = format!("coffer-test-{}", std::process::id());
+        let cgroups = |leaf: &str| plan(&format!("/{name}/{leaf}")).unwrap();
+        let (mut first, first_pid) = sleeper();
+        let (mut second, second_pid) = sleeper();
+        for (cgroups, pid) in [(cgroups("a"), first_pid), (cgroups("b"), second_pid)] {
+            for cgroup in &cgroups {
+                cgroup.join(pid).unwrap();
+                let procs = fs::read_to_string(cgroup.path().join("cgroup.procs")).unwrap();
+                assert_eq!(procs.trim(), pid.as_raw_nonzero().to_string());
+            }
+        }
+        for cgroup in cgroups("a") {
+            remove(&cgroup.path()).unwrap();
+            assert!(!cgroup.path().exists());
+            assert!(
+                cgroup.path().parent().unwrap().exists(),
+                "the other one is still in it"
+            );
+        }
+        first.wait().unwrap();
+        assert!(
+            second.try_wait().unwrap().is_none(),
+            "only its own processes are killed"
+        );
+        for cgroup in cgroups("b") {
+            remove(&cgroup.path()).unwrap();
+            remove(&cgroup.path()).unwrap();
+            assert!(!cgroup.path().parent().unwrap().exists());
+        }
+        second.wait().unwrap();
+    }
+
+    #[test]
+    fn cgroup_of_another_is_left_alone() {
+        let cgroup = plan(&format!("/coffer-other-{}", std::process::id()))
+            .unwrap()
+            .remove(0);
+        fs::create_dir(cgroup.path()).unwrap();
+        let (mut child, pid) = sleeper();
+        cgroup.join(pid).unwrap();
+        remove(&cgroup.path()).unwrap();
+        assert!(cgroup.path().exists() && child.try_wait().unwrap().is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        fs::remove_dir(cgroup.path()).unwrap();
+    }
+}

@@ -1,0 +1,282 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! `serve`: the shim itself, which `start` has made.
+//!
+//! The VM's boot begins before the first call is answered, beside what containerd does next. The shim ends when its
+//! sandbox has ended: by Shutdown after the last task, or by SIGTERM or SIGINT at any time. It then lets containerd have
+//! the last events, and removes its socket, its cgroup and its state directory. Only SIGKILL leaves these to `delete`.
+
+use std::error::Error;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use hypervisor::{Capabilities, Driver, DriverError, RunningVm, VmSpec};
+use ids::SandboxId;
+use pod_spec::{LogLevel, RuntimeConfig};
+use rustix::fs::Mode;
+use rustix::net::sockopt::socket_acceptconn;
+use sandbox::{Host, SandboxHandle, SandboxOptions};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
+use tracing::Level;
+use ttrpc::asynchronous::Server;
+use ttrpc::asynchronous::transport::Listener;
+
+use crate::args::ShimArgs;
+use crate::error::{ShimError, report};
+use crate::host_cgroup;
+use crate::log;
+use crate::process::ProcessIdentity;
+use crate::publisher::{Patience, Publisher};
+use crate::run::{Roots, bundle};
+use crate::start::{TTRPC_ADDRESS, read_config};
+use crate::state_dir::StateDir;
+use crate::task_service::TaskService;
+
+/// How long the last answers may take to reach containerd.
+const ANSWER_LIMIT: Duration = Duration::from_millis(500);
+
+/// How long the last events may take to reach containerd. `delete` gives the shim 2.5 s in all.
+const FLUSH_LIMIT: Duration = Duration::from_millis(1500);
+
+/// A shim waits for most of its life; blocking work is a file here and a program there.
+const MAX_BLOCKING_THREADS: usize = 8;
+
+/// How long a thread without work stays, with its stack.
+const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(1);
+
+/// What a sandbox is to be made for.
+#[derive(Debug)]
+pub struct PodRequest<'a> {
+    /// The sandbox.
+    pub id: &'a SandboxId,
+    /// The bundle of its first container.
+    pub bundle: &'a Path,
+    /// The node's config.
+    pub config: &'a RuntimeConfig,
+}
+
+/// The node: what a program that runs shims has chosen. Only `main` names drivers.
+pub trait Node {
+    /// The parts of a sandbox. Called once, inside the runtime.
+    ///
+    /// # Errors
+    /// Whatever keeps every pod from running; what concerns this pod alone is for [`Host::plan_pod`] to say.
+    fn prepare(&self, pod: &PodRequest<'_>) -> Result<PodParts, Box<dyn Error + Send + Sync>>;
+}
+
+/// The parts of a sandbox.
+pub struct PodParts {
+    /// The VMM.
+    pub driver: Arc<dyn Driver>,
+    /// What VM and containers are made of.
+    pub host: Arc<dyn Host>,
+    /// How long to wait for the guest.
+    pub deadlines: sandbox::Deadlines,
+}
+
+/// Serves until the sandbox has ended.
+pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(), ShimError> {
+    let listener = take_listener()?;
+    let bundle = bundle(args)?;
+    let state = StateDir::of(&roots.state, &args.namespace, &args.id);
+    let config = read_config(args.config.as_deref());
+    let level = match &config {
+        _ if args.debug => Level::DEBUG,
+        Ok(config) => level(config.log.level),
+        Err(_) => Level::INFO,
+    };
+    log::init(
+        bundle.join("log"),
+        level,
+        &[
+            ("runtime", crate::info::RUNTIME),
+            ("namespace", args.namespace.as_str()),
+            ("sandbox_id", args.id.as_str()),
+        ],
+    );
+    let served = detach(&state).and_then(|()| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(MAX_BLOCKING_THREADS)
+            .thread_keep_alive(THREAD_KEEP_ALIVE)
+            .build()
+            .map_err(|error| ShimError::Server(error.into()))?;
+        let shim = Shim {
+            args,
+            bundle,
+            state,
+            config: config?,
+        };
+        runtime.block_on(shim.run(listener, node))
+    });
+    if let Err(error) = &served {
+        tracing::error!(error = error as &dyn Error, "the shim ends");
+    }
+    served
+}
+
+fn level(level: LogLevel) -> Level {
+    match level {
+        LogLevel::Error => Level::ERROR,
+        LogLevel::Warn => Level::WARN,
+        LogLevel::Info => Level::INFO,
+        LogLevel::Debug => Level::DEBUG,
+    }
+}
+
+/// The socket that `start` has handed over as standard input, which becomes `/dev/null`.
+fn take_listener() -> Result<UnixListener, ShimError> {
+    let stdin = io::stdin();
+    if !socket_acceptconn(&stdin).unwrap_or(false) {
+        return Err(ShimError::NotStarted);
+    }
+    let listener = UnixListener::from(
+        stdin
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(ShimError::Input)?,
+    );
+    let null = std::fs::File::open("/dev/null").map_err(ShimError::file("open", "/dev/null"))?;
+    rustix::stdio::dup2_stdin(&null).map_err(|error| ShimError::Input(error.into()))?;
+    Ok(listener)
+}
+
+/// Lets go of containerd: a session of its own, private files, and a record by which `delete` finds this process. Without
+/// a state directory `delete` has been here already.
+fn detach(state: &StateDir) -> Result<(), ShimError> {
+    rustix::process::setsid().map_err(|error| ShimError::Spawn(error.into()))?;
+    rustix::process::umask(Mode::RWXG | Mode::RWXO);
+    let recorded = ProcessIdentity::current().and_then(|process| state.record_shim(process));
+    recorded.map_err(ShimError::file("write to", state.path()))
+}
+
+struct Shim<'a> {
+    args: &'a ShimArgs,
+    bundle: PathBuf,
+    state: StateDir,
+    config: RuntimeConfig,
+}
+
+impl Shim<'_> {
+    async fn run(self, listener: UnixListener, node: &dyn Node) -> Result<(), ShimError> {
+        let id = SandboxId::from(&self.args.id);
+        let address =
+            std::env::var(TTRPC_ADDRESS).unwrap_or_else(|_| format!("{}.ttrpc", self.args.address));
+        let publisher =
+            Publisher::spawn(self.args.namespace.clone(), &address, Patience::default());
+        let parts = node
+            .prepare(&PodRequest {
+                id: &id,
+                bundle: &self.bundle,
+                config: &self.config,
+            })
+            .map_err(ShimError::Node)?;
+        let sandbox = sandbox::spawn(SandboxOptions {
+            id,
+            driver: Arc::new(RecordingDriver {
+                driver: parts.driver,
+                state: self.state.clone(),
+            }),
+            host: parts.host,
+            events: Arc::new(publisher.clone()),
+            deadlines: parts.deadlines,
+        });
+        let server_error = |error: io::Error| ShimError::Server(error.into());
+        let mut server = Server::new()
+            .add_listener(Listener::try_from(listener).map_err(server_error)?)
+            .register_service(TaskService::new(sandbox.clone()).services());
+        server
+            .start()
+            .await
+            .map_err(|error| ShimError::Server(error.into()))?;
+        tracing::info!(version = env!("CARGO_PKG_VERSION"), "serving");
+
+        ended(&sandbox).await.map_err(server_error)?;
+
+        // Calls are answered when the sandbox has ended; what is answered is written before the server has stopped.
+        if timeout(ANSWER_LIMIT, server.shutdown()).await.is_err() {
+            tracing::warn!("the last answers did not reach containerd");
+        }
+        if timeout(FLUSH_LIMIT, publisher.flushed()).await.is_err() {
+            tracing::warn!("the last events did not reach containerd");
+        }
+        self.clean_up();
+        tracing::info!("the sandbox has ended");
+        Ok(())
+    }
+
+    /// What fails here is left to `delete`, which containerd calls next.
+    fn clean_up(&self) {
+        let cleaned = self
+            .state
+            .take()
+            .map_err(ShimError::file("take away", self.state.path()))
+            .and_then(|left| {
+                let Some(left) = left else { return Ok(()) };
+                if let Some(socket) = &left.socket {
+                    crate::socket::remove_socket(socket)
+                        .map_err(ShimError::file("remove", socket))?;
+                }
+                host_cgroup::leave(&left.cgroups)?;
+                for cgroup in &left.cgroups {
+                    host_cgroup::remove(cgroup)?;
+                }
+                left.dir
+                    .remove()
+                    .map_err(ShimError::file("remove", left.dir.path()))
+            });
+        if let Err(error) = cleaned {
+            tracing::warn!(error = report(&error), "something is left to delete");
+        }
+    }
+}
+
+/// Answers when the sandbox has ended, and ends it if a signal asks for that.
+async fn ended(sandbox: &SandboxHandle) -> io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        () = sandbox.ended() => return Ok(()),
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("a signal ends the sandbox");
+    sandbox.terminate().await;
+    Ok(())
+}
+
+/// Records each VMM that the driver starts, so that `delete` can wait for its end.
+struct RecordingDriver {
+    driver: Arc<dyn Driver>,
+    state: StateDir,
+}
+
+#[async_trait]
+impl Driver for RecordingDriver {
+    fn capabilities(&self) -> Capabilities {
+        self.driver.capabilities()
+    }
+
+    async fn launch(&self, spec: VmSpec) -> Result<Arc<dyn RunningVm>, DriverError> {
+        let vm = self.driver.launch(spec).await?;
+        let recorded = i32::try_from(vm.processes().vmm)
+            .map_err(io::Error::other)
+            .and_then(ProcessIdentity::of)
+            .and_then(|process| self.state.record_vmm(process));
+        if let Err(error) = recorded {
+            // The VMM dies with the shim all the same.
+            tracing::warn!(
+                error = &error as &dyn Error,
+                "the VMM's process cannot be recorded"
+            );
+        }
+        Ok(vm)
+    }
+}

@@ -1,0 +1,282 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! `start`: finds the shim that serves a container's sandbox, or makes it, and says where it listens.
+//!
+//! ```text
+//! standard input ─> form of the reply
+//! config.json ───> sandbox ─> socket ─ somebody listens ─> reply
+//!                                └ nobody: state directory, socket, cgroup, `serve` ─> reply
+//! ```
+//!
+//! No runtime, no threads: containerd waits for this. Whatever can be known to go wrong is found here, because its text is
+//! what the user sees. On failure nothing is left.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use ids::SandboxId;
+use pod_spec::{Bundle, MAX_SPEC_BYTES, RuntimeConfig};
+
+use crate::args::ShimArgs;
+use crate::bootstrap::Request;
+use crate::error::ShimError;
+use crate::host_cgroup::{self, PodCgroup};
+use crate::info::PROGRAM;
+use crate::run::{Roots, bundle};
+use crate::socket::{Place, is_served, remove_socket, socket_address, socket_path, take_place};
+use crate::state_dir::{StateDir, write_whole};
+
+/// Where containerd's events go (containerd 1.6 and later).
+pub(crate) const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
+
+/// How high a version of the Task API containerd speaks (containerd 1.7 and later).
+const MAX_SHIM_VERSION: &str = "MAX_SHIM_VERSION";
+
+/// A shim has few threads and small buffers: one heap serves them all (mallopt(3)).
+const MALLOC: (&str, &str) = ("MALLOC_ARENA_MAX", "1");
+
+/// The longest config file, in bytes.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
+
+/// Makes sure that somebody serves the container, and answers what containerd wants to read.
+pub(crate) fn start(args: &ShimArgs, roots: &Roots, input: &[u8]) -> Result<Vec<u8>, ShimError> {
+    let request = Request::decode(input, args.id.as_str(), args.namespace.as_str())?;
+    let bundle_dir = bundle(args)?;
+    let config = request
+        .config_path()?
+        .map(PathBuf::from)
+        .or_else(|| args.config.clone());
+    read_config(config.as_deref())?;
+    let bundle = read_bundle(&bundle_dir)?;
+    let own = SandboxId::from(&args.id);
+    let sandbox = match &bundle {
+        Some(bundle) => bundle
+            .sandbox(&args.id)
+            .map_err(bundle_error(&bundle_dir))?,
+        // A sandbox that containerd's sandbox controller starts has no container of its own.
+        None => own.clone(),
+    };
+    let socket_dir = request
+        .socket_dir()
+        .map_or(roots.sockets.as_path(), Path::new);
+    let grpc_address = request.grpc_address().unwrap_or(&args.address);
+    let socket = socket_path(socket_dir, grpc_address, &args.namespace, &sandbox);
+
+    if sandbox == own {
+        let leader = Leader {
+            args,
+            request: &request,
+            config: config.as_deref(),
+            bundle_dir: &bundle_dir,
+        };
+        leader.start(roots, &socket, bundle.as_ref())?;
+    } else if !is_served(&socket).map_err(ShimError::file("connect to", &socket))? {
+        return Err(ShimError::NoSandbox(sandbox));
+    }
+    let address = socket_address(&socket);
+    // containerd 1.x finds the shim by this file after a restart of its own.
+    let file = bundle_dir.join("address");
+    write_whole(&file, address.as_bytes()).map_err(ShimError::file("write", &file))?;
+    let max_version = std::env::var(MAX_SHIM_VERSION).ok();
+    request
+        .reply(&address, max_version.as_deref())
+        .map_err(|error| ShimError::Output(error.into()))
+}
+
+/// The `start` of a container that leads its sandbox.
+struct Leader<'a> {
+    args: &'a ShimArgs,
+    request: &'a Request,
+    config: Option<&'a Path>,
+    bundle_dir: &'a Path,
+}
+
+impl Leader<'_> {
+    fn start(
+        &self,
+        roots: &Roots,
+        socket: &Path,
+        bundle: Option<&Bundle>,
+    ) -> Result<(), ShimError> {
+        let Place::Free(listener) =
+            take_place(socket).map_err(ShimError::file("listen on", socket))?
+        else {
+            return Ok(());
+        };
+        let state = StateDir::of(&roots.state, &self.args.namespace, &self.args.id);
+        let cgroups_path = bundle
+            .and_then(Bundle::cgroups_path)
+            .filter(|path| !path.as_os_str().is_empty());
+        let mut cgroups = Vec::new();
+        let started = state
+            .create()
+            .and_then(|()| state.record_socket(socket))
+            .map_err(ShimError::file("make", state.path()))
+            .and_then(|()| {
+                if let Some(path) = cgroups_path {
+                    cgroups = host_cgroup::plan(&path.to_string_lossy())?;
+                }
+                join(&cgroups, &state)
+            })
+            .and_then(|()| self.spawn(listener));
+        if started.is_err() {
+            undo(socket, &cgroups, &state);
+        }
+        started
+    }
+
+    /// Runs this program as the shim: the listening socket is its standard input, and nothing of ours stays open in it.
+    fn spawn(&self, listener: UnixListener) -> Result<(), ShimError> {
+        let mut command = Command::new("/proc/self/exe");
+        command
+            .arg0(PROGRAM)
+            .current_dir(self.bundle_dir)
+            .env(MALLOC.0, MALLOC.1);
+        command.args([
+            "-namespace",
+            self.args.namespace.as_str(),
+            "-id",
+            self.args.id.as_str(),
+        ]);
+        command
+            .arg("-address")
+            .arg(&self.args.address)
+            .arg("-bundle")
+            .arg(self.bundle_dir);
+        if let Some(config) = self.config {
+            command.arg("-config").arg(config);
+        }
+        if self.args.debug || self.request.debug() {
+            command.arg("-debug");
+        }
+        if let Some(address) = self.request.ttrpc_address() {
+            command.env(TTRPC_ADDRESS, address);
+        }
+        command.arg("serve");
+        command
+            .stdin(OwnedFd::from(listener))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        command.spawn().map(drop).map_err(ShimError::Spawn)
+    }
+}
+
+/// Puts this process, and so the shim that it makes, into the pod's cgroup. What is recorded is removed, so it is recorded
+/// first.
+fn join(cgroups: &[PodCgroup], state: &StateDir) -> Result<(), ShimError> {
+    if cgroups.is_empty() {
+        return Ok(());
+    }
+    let paths: Vec<PathBuf> = cgroups.iter().map(PodCgroup::path).collect();
+    state
+        .record_cgroups(&paths)
+        .map_err(ShimError::file("write to", state.path()))?;
+    for cgroup in cgroups {
+        cgroup.join(rustix::process::getpid())?;
+    }
+    Ok(())
+}
+
+/// Best effort: `delete` does the same again.
+fn undo(socket: &Path, cgroups: &[PodCgroup], state: &StateDir) {
+    let _left_for_delete = remove_socket(socket);
+    let paths: Vec<PathBuf> = cgroups.iter().map(PodCgroup::path).collect();
+    let mut removed = host_cgroup::leave(&paths);
+    for path in &paths {
+        removed = removed.and_then(|()| host_cgroup::remove(path));
+    }
+    if removed.is_ok() {
+        let _left_for_delete = state.remove();
+    }
+}
+
+/// The node's config. That the usual file is not there is no error; that a named one is not there is.
+pub(crate) fn read_config(path: Option<&Path>) -> Result<RuntimeConfig, ShimError> {
+    let usual = Path::new(RuntimeConfig::DEFAULT_PATH);
+    let config_error = |source| ShimError::Config {
+        path: path.unwrap_or(usual).to_path_buf(),
+        source,
+    };
+    let text = match read_limited(path.unwrap_or(usual), MAX_CONFIG_BYTES) {
+        Ok(bytes) => String::from_utf8(bytes).map_err(|error| config_error(error.into()))?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound && path.is_none() => String::new(),
+        Err(error) => return Err(config_error(error.into())),
+    };
+    RuntimeConfig::parse(&text).map_err(|error| config_error(error.into()))
+}
+
+/// The bundle's spec, or `None` if it has none.
+fn read_bundle(dir: &Path) -> Result<Option<Bundle>, ShimError> {
+    // One byte more than is allowed, so that the parser sees that there is more.
+    let limit = u64::try_from(MAX_SPEC_BYTES)
+        .unwrap_or(u64::MAX)
+        .saturating_add(1);
+    let json = match read_limited(&dir.join("config.json"), limit) {
+        Ok(json) => json,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(bundle_error(dir)(error)),
+    };
+    Bundle::parse(&json).map(Some).map_err(bundle_error(dir))
+}
+
+fn bundle_error<E: std::error::Error + Send + Sync + 'static>(
+    dir: &Path,
+) -> impl FnOnce(E) -> ShimError {
+    let path = dir.to_path_buf();
+    move |error| ShimError::Bundle {
+        path,
+        source: Box::new(error),
+    }
+}
+
+fn read_limited(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(limit).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::report;
+
+    #[test]
+    fn config_that_is_not_there_is_an_error_only_if_it_was_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("coffer.toml");
+        let error = report(&read_config(Some(&path)).unwrap_err());
+        assert!(
+            error.starts_with(&format!("config file {}: ", path.display())),
+            "{error}"
+        );
+        std::fs::write(&path, "[guest]\ndefault_vcpu = 2").unwrap();
+        let error = report(&read_config(Some(&path)).unwrap_err());
+        assert!(
+            error.ends_with("did you mean guest.default_vcpus?"),
+            "{error}"
+        );
+        std::fs::write(&path, "[guest]\ndefault_vcpus = 2").unwrap();
+        assert_eq!(
+            read_config(Some(&path)).unwrap().guest.default_vcpus.get(),
+            2
+        );
+    }
+
+    #[test]
+    fn bundle_without_spec_is_a_sandbox_and_one_with_a_bad_spec_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(read_bundle(dir.path()).unwrap().is_none());
+        std::fs::write(dir.path().join("config.json"), "not json").unwrap();
+        let error = report(&read_bundle(dir.path()).unwrap_err());
+        assert!(
+            error.contains("config.json is no OCI runtime spec"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,242 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! What a shim leaves for `delete`, in `/run/coffer/<namespace>/<sandbox id>/`.
+//!
+//! | file | written by | holds |
+//! |---|---|---|
+//! | `socket` | `start`, before it binds | the path of the shim's socket |
+//! | `shim.json` | `serve`, first of all | the shim's process |
+//! | `vmm.json` | `serve`, once there is one | the VMM's process |
+//! | `cgroups.json` | `serve`, before it makes them | the cgroups that Coffer has made |
+//!
+//! Each file appears whole or not at all. `delete` moves the directory away before it reads it: a shim that has not
+//! recorded itself by then finds no directory and ends, so none escapes.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use ids::{ContainerId, Namespace};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::process::ProcessIdentity;
+
+const SOCKET: &str = "socket";
+const SHIM: &str = "shim.json";
+const VMM: &str = "vmm.json";
+const CGROUPS: &str = "cgroups.json";
+
+/// Between the id and the rest of the name of a directory that is being removed: no id has it.
+const REMOVED: &str = "..removed";
+
+/// A sandbox's directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct StateDir {
+    path: PathBuf,
+}
+
+impl StateDir {
+    /// The directory of sandbox `id` under `root`; it need not exist.
+    pub(crate) fn of(root: &Path, namespace: &Namespace, id: &ContainerId) -> Self {
+        Self {
+            path: root.join(namespace.as_str()).join(id.as_str()),
+        }
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes it, for root alone. That it is there is not an error.
+    pub(crate) fn create(&self) -> io::Result<()> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.path)
+    }
+
+    pub(crate) fn record_socket(&self, socket: &Path) -> io::Result<()> {
+        write_whole(
+            &self.path.join(SOCKET),
+            socket.as_os_str().as_encoded_bytes(),
+        )
+    }
+
+    pub(crate) fn record_shim(&self, process: ProcessIdentity) -> io::Result<()> {
+        self.record(SHIM, &process)
+    }
+
+    pub(crate) fn record_vmm(&self, process: ProcessIdentity) -> io::Result<()> {
+        self.record(VMM, &process)
+    }
+
+    pub(crate) fn record_cgroups(&self, cgroups: &[PathBuf]) -> io::Result<()> {
+        self.record(CGROUPS, &cgroups)
+    }
+
+    /// Moves the directory out of the way and reads what is in it. `None` if there is none.
+    pub(crate) fn take(&self) -> io::Result<Option<Leftovers>> {
+        let mut name = self.path.clone().into_os_string();
+        name.push(REMOVED);
+        let away = PathBuf::from(name);
+        match fs::rename(&self.path, &away) {
+            Ok(()) => {}
+            // A `delete` that was killed half way has left it there.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && away.is_dir() => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                fs::remove_dir_all(&away)?;
+                fs::rename(&self.path, &away)?;
+            }
+            Err(error) => return Err(error),
+        }
+        let dir = Self { path: away };
+        Ok(Some(Leftovers {
+            socket: read_if_there(&dir.path.join(SOCKET))?
+                .map(|bytes| PathBuf::from(String::from_utf8_lossy(&bytes).into_owned())),
+            shim: dir.recorded(SHIM)?,
+            vmm: dir.recorded(VMM)?,
+            cgroups: dir.recorded(CGROUPS)?.unwrap_or_default(),
+            dir,
+        }))
+    }
+
+    /// Removes it with all that is in it, and the namespace's directory with the last one. Nothing there is not an error.
+    pub(crate) fn remove(&self) -> io::Result<()> {
+        match fs::remove_dir_all(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        if let Some(namespace) = self.path.parent() {
+            // It stays while another sandbox is in it.
+            let _in_use = fs::remove_dir(namespace);
+        }
+        Ok(())
+    }
+
+    fn record(&self, name: &str, value: &impl Serialize) -> io::Result<()> {
+        write_whole(&self.path.join(name), &serde_json::to_vec(value)?)
+    }
+
+    fn recorded<T: DeserializeOwned>(&self, name: &str) -> io::Result<Option<T>> {
+        let bytes = read_if_there(&self.path.join(name))?;
+        Ok(bytes
+            .map(|bytes| serde_json::from_slice(&bytes))
+            .transpose()?)
+    }
+}
+
+/// What a shim has left.
+#[derive(Debug)]
+pub(crate) struct Leftovers {
+    pub(crate) socket: Option<PathBuf>,
+    pub(crate) shim: Option<ProcessIdentity>,
+    pub(crate) vmm: Option<ProcessIdentity>,
+    pub(crate) cgroups: Vec<PathBuf>,
+    /// Where the rest is; to be removed last.
+    pub(crate) dir: StateDir,
+}
+
+/// Writes a file that a reader sees whole or not at all. Fails if its directory is gone.
+pub(crate) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut name = path.to_path_buf().into_os_string();
+    name.push(".new");
+    let new = PathBuf::from(name);
+    let mut file: File = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new)?;
+    file.write_all(content)?;
+    fs::rename(&new, path)
+}
+
+fn read_if_there(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dir(root: &Path) -> StateDir {
+        StateDir::of(root, &"k8s.io".parse().unwrap(), &"pod1".parse().unwrap())
+    }
+
+    #[test]
+    fn what_was_recorded_is_taken_once() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = dir(root.path());
+        let shim = ProcessIdentity {
+            pid: 7,
+            start_time: 8,
+        };
+        let cgroups = vec![PathBuf::from("/sys/fs/cgroup/a")];
+        dir.create().unwrap();
+        dir.create().unwrap();
+        dir.record_socket(Path::new("/run/s/1")).unwrap();
+        dir.record_shim(shim).unwrap();
+        dir.record_cgroups(&cgroups).unwrap();
+        let left = dir.take().unwrap().unwrap();
+        assert_eq!(left.socket.as_deref(), Some(Path::new("/run/s/1")));
+        assert_eq!((left.shim, left.vmm), (Some(shim), None));
+        assert_eq!(left.cgroups, cgroups);
+        left.dir.remove().unwrap();
+        left.dir.remove().unwrap();
+        assert!(dir.take().unwrap().is_none());
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn shim_that_comes_after_delete_cannot_record_itself() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = dir(root.path());
+        dir.create().unwrap();
+        let left = dir.take().unwrap().unwrap();
+        let error = dir
+            .record_shim(ProcessIdentity {
+                pid: 7,
+                start_time: 8,
+            })
+            .unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert_eq!(left.shim, None);
+    }
+
+    #[test]
+    fn half_removed_directory_is_taken_again() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = dir(root.path());
+        dir.create().unwrap();
+        dir.record_socket(Path::new("/a")).unwrap();
+        drop(dir.take().unwrap().unwrap());
+        assert_eq!(
+            dir.take().unwrap().unwrap().socket.as_deref(),
+            Some(Path::new("/a"))
+        );
+        dir.create().unwrap();
+        dir.record_socket(Path::new("/b")).unwrap();
+        assert_eq!(
+            dir.take().unwrap().unwrap().socket.as_deref(),
+            Some(Path::new("/b"))
+        );
+    }
+
+    #[test]
+    fn half_written_record_is_not_seen() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = dir(root.path());
+        dir.create().unwrap();
+        fs::write(dir.path().join("shim.json.new"), "{\"pid\":").unwrap();
+        assert_eq!(dir.take().unwrap().unwrap().shim, None);
+    }
+}
