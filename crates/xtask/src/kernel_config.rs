@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 /// The options that `kernel-config/*.config` ask for.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Fragments {
+pub(crate) struct Fragments {
     options: BTreeMap<String, Option<String>>,
 }
 
@@ -22,16 +22,26 @@ pub struct Fragments {
 ///
 /// # Errors
 /// An unreadable file, a line that is neither an option nor a comment, an option that is set twice.
-pub fn read_fragments(directory: &Path) -> Result<Fragments> {
+pub(crate) fn read_fragments(directory: &Path) -> Result<Fragments> {
     let mut fragments = Fragments::default();
     for entry in fs::read_dir(directory).with_context(|| format!("read {}", directory.display()))? {
         let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "config") {
-            let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-            fragments.add(&text).with_context(|| path.display().to_string())?;
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "config")
+        {
+            let text =
+                fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+            fragments
+                .add(&text)
+                .with_context(|| path.display().to_string())?;
         }
     }
-    ensure!(!fragments.options.is_empty(), "{} holds no *.config file", directory.display());
+    ensure!(
+        !fragments.options.is_empty(),
+        "{} holds no *.config file",
+        directory.display()
+    );
     Ok(fragments)
 }
 
@@ -39,26 +49,43 @@ impl Fragments {
     /// Adds the options of one fragment.
     fn add(&mut self, text: &str) -> Result<()> {
         for line in text.lines() {
-            let Some((name, value)) = parse_line(line)? else { continue };
-            let old = self.options.insert(name.to_owned(), value.map(str::to_owned));
-            ensure!(old.is_none(), "CONFIG_{name} is already set; an option has one place");
+            let Some((name, value)) = parse_line(line)? else {
+                continue;
+            };
+            let old = self
+                .options
+                .insert(name.to_owned(), value.map(str::to_owned));
+            ensure!(
+                old.is_none(),
+                "CONFIG_{name} is already set; an option has one place"
+            );
         }
         Ok(())
     }
 
     /// All options as one file for `KCONFIG_ALLCONFIG`, sorted by name: comments and files do not change it.
-    pub fn merged(&self) -> String {
-        self.options.iter().map(|(name, value)| format_line(name, value.as_deref()) + "\n").collect()
+    pub(crate) fn merged(&self) -> String {
+        self.options
+            .iter()
+            .map(|(name, value)| format_line(name, value.as_deref()) + "\n")
+            .collect()
     }
 
     /// The options that `resolved` (a `.config`) holds otherwise than asked for, one message each.
-    pub fn refused_by(&self, resolved: &str) -> Vec<String> {
-        let have: BTreeMap<&str, &str> =
-            resolved.lines().filter_map(|line| line.strip_prefix("CONFIG_")?.split_once('=')).collect();
+    pub(crate) fn refused_by(&self, resolved: &str) -> Vec<String> {
+        let have: BTreeMap<&str, &str> = resolved
+            .lines()
+            .filter_map(|line| line.strip_prefix("CONFIG_")?.split_once('='))
+            .collect();
         let differs = |(name, value): (&String, &Option<String>)| {
             let got = have.get(name.as_str()).copied();
-            (got != value.as_deref())
-                .then(|| format!("wanted {}, got {}", format_line(name, value.as_deref()), format_line(name, got)))
+            (got != value.as_deref()).then(|| {
+                format!(
+                    "wanted {}, got {}",
+                    format_line(name, value.as_deref()),
+                    format_line(name, got)
+                )
+            })
         };
         self.options.iter().filter_map(differs).collect()
     }
@@ -67,13 +94,19 @@ impl Fragments {
 /// One line of a fragment: an option with its value, an option that must be off (`None`), or nothing.
 fn parse_line(line: &str) -> Result<Option<(&str, Option<&str>)>> {
     let line = line.trim();
-    if let Some(name) = line.strip_prefix("# CONFIG_").and_then(|rest| rest.strip_suffix(" is not set")) {
+    if let Some(name) = line
+        .strip_prefix("# CONFIG_")
+        .and_then(|rest| rest.strip_suffix(" is not set"))
+    {
         return Ok(Some((name, None)));
     }
     if line.is_empty() || line.starts_with('#') {
         return Ok(None);
     }
-    match line.strip_prefix("CONFIG_").and_then(|rest| rest.split_once('=')) {
+    match line
+        .strip_prefix("CONFIG_")
+        .and_then(|rest| rest.split_once('='))
+    {
         Some((name, value)) if value != "m" => Ok(Some((name, Some(value)))),
         _ => bail!("not an option that is built in or off: {line}"),
     }
@@ -98,8 +131,12 @@ mod tests {
 
     #[test]
     fn options_and_comments_merge_sorted() {
-        let merged = fragments("# why\nCONFIG_B=y\n\n# CONFIG_A is not set\nCONFIG_C=\"x=y\"\n").merged();
-        assert_eq!(merged, "# CONFIG_A is not set\nCONFIG_B=y\nCONFIG_C=\"x=y\"\n");
+        let merged =
+            fragments("# why\nCONFIG_B=y\n\n# CONFIG_A is not set\nCONFIG_C=\"x=y\"\n").merged();
+        assert_eq!(
+            merged,
+            "# CONFIG_A is not set\nCONFIG_B=y\nCONFIG_C=\"x=y\"\n"
+        );
     }
 
     #[test]
@@ -117,8 +154,13 @@ mod tests {
 
     #[test]
     fn resolved_as_asked_refuses_nothing() {
-        let wanted = fragments("CONFIG_A=y\nCONFIG_N=64\n# CONFIG_B is not set\n# CONFIG_C is not set\n");
-        assert!(wanted.refused_by("CONFIG_A=y\nCONFIG_N=64\n# CONFIG_B is not set\nCONFIG_OTHER=y\n").is_empty());
+        let wanted =
+            fragments("CONFIG_A=y\nCONFIG_N=64\n# CONFIG_B is not set\n# CONFIG_C is not set\n");
+        assert!(
+            wanted
+                .refused_by("CONFIG_A=y\nCONFIG_N=64\n# CONFIG_B is not set\nCONFIG_OTHER=y\n")
+                .is_empty()
+        );
     }
 
     #[test]
