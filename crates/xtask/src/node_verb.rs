@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::node::{Job, Machine, Place, Work};
-use crate::{apt, images, workspace};
+use crate::{apt, build, images, workspace};
 
 /// What `cargo xtask node` takes.
 #[derive(clap::Args)]
@@ -38,6 +38,9 @@ pub(crate) struct Arguments {
 /// When the node cannot be made or does not run to its end.
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     apt::ensure(&[])?;
+    if !arguments.no_build {
+        build::run()?;
+    }
     let place = if arguments.host {
         Place::Host
     } else {

@@ -99,7 +99,8 @@ pub(crate) fn install(archive: &Path, dist: &Path) -> Result<()> {
 }
 
 fn make_small(folder: &Path) -> Result<()> {
-    let base = folder.join("base");
+    let staging = tempfile::tempdir_in(folder).context("cannot stage an image")?;
+    let base = staging.path().join("base");
     for directory in [
         "bin", "dev", "etc", "home/app", "proc", "root", "sys", "tmp",
     ] {
@@ -121,15 +122,15 @@ fn make_small(folder: &Path) -> Result<()> {
         "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000:app:/home/app:/bin/sh\n",
     )?;
     text("etc/group", "root:x:0:\napp:x:1000:\nextra:x:2000:app\n")?;
-    let upper = folder.join("upper");
+    let upper = staging.path().join("upper");
     fs::create_dir_all(upper.join("etc")).context("cannot stage a layer")?;
     fs::create_dir_all(upper.join("bin")).context("cannot stage a layer")?;
     fs::write(upper.join("etc/layer"), "upper\n").context("cannot stage a layer")?;
     // OCI image specification, layer.md, "Whiteouts": removes bin/nslookup of the layer below.
     fs::write(upper.join("bin/.wh.nslookup"), "").context("cannot stage a layer")?;
 
-    let base = Layer::pack(&base, &folder.join("base.tar"))?;
-    let upper = Layer::pack(&upper, &folder.join("upper.tar"))?;
+    let base = Layer::pack(&base, &staging.path().join("base.tar"))?;
+    let upper = Layer::pack(&upper, &staging.path().join("upper.tar"))?;
     let path = "PATH=/bin";
     let images = [
         Image {
@@ -157,7 +158,8 @@ fn make_small(folder: &Path) -> Result<()> {
 }
 
 fn make_software(folder: &Path) -> Result<()> {
-    let root = folder.join("root.tar");
+    let staging = tempfile::tempdir_in(folder).context("cannot stage an image")?;
+    let root = staging.path().join("root.tar");
     let mut mmdebstrap = Command::new("mmdebstrap");
     mmdebstrap.args([
         "--variant=extract",

@@ -199,9 +199,10 @@ mod tests {
         fs::create_dir_all(&content).unwrap();
         fs::write(content.join("file"), "text").unwrap();
         let layer = Layer::pack(&content, &folder.join("layer.tar")).unwrap();
+        let layers = [&layer];
         let image = |name| Image {
             name,
-            layers: &[&layer],
+            layers: &layers,
             config: json!({"Cmd": ["sh"]}),
         };
         let to = folder.join("out.tar");

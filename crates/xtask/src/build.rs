@@ -1,0 +1,220 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! `cargo xtask build`: the tree of everything that a node runs, at `target/coffer/dist`, laid out as under
+//! `/opt/coffer` on a node:
+//!
+//! ```text
+//! bin/                    containerd-shim-coffer-v2, coffer-vmm, cofferctl
+//! share/coffer/           vmlinux, initramfs
+//! tests/                  e2e, and the test programs of crates whose tests need KVM
+//! images/                 container images for demo and tests
+//! ```
+//!
+//! Programs are static, so that they run in the nested node, on any node and in the initramfs. They have a target
+//! folder of their own, because other flags in the same one would rebuild everything at each change of verb.
+
+use std::fs::{self, File};
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::cpio::Archive;
+use crate::step::step;
+use crate::{apt, images, kernel, process, workspace};
+
+/// With it, `-C target-feature` leaves build scripts and procedural macros alone, which cannot be static.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// Packages whose programs run on a node.
+const HOST_PACKAGES: &[&str] = &["shim", "vmm", "cofferctl"];
+/// The programs in `bin/`.
+const HOST_PROGRAMS: &[&str] = &["containerd-shim-coffer-v2", "coffer-vmm", "cofferctl"];
+/// Packages with tests that need a usable KVM: marked `#[ignore]`, they run in the node.
+const KVM_TESTED_PACKAGES: &[&str] = &["kvm_probe", "vmm", "driver_embedded"];
+/// The most that the initramfs may hold, in bytes: every pod has a copy in its memory.
+const MAX_INITRAMFS: u64 = 6 << 20;
+
+/// Installs what is needed and builds the tree, without tests and images.
+///
+/// # Errors
+/// When a package is missing or a step of the build fails.
+pub(crate) fn run() -> Result<()> {
+    apt::ensure(kernel::PACKAGES)?;
+    let dist = workspace::dist();
+    let vmlinux = step("guest kernel", kernel::build)?;
+    install(&vmlinux, &dist.join("share/coffer/vmlinux"))?;
+    step("programs of the node", || build_host_programs(&dist))?;
+    step("guest agent and initramfs", || build_initramfs(&dist))
+}
+
+/// Builds the end-to-end tests and those of single crates that need KVM into `tests/`.
+///
+/// # Errors
+/// When the tests do not compile.
+pub(crate) fn tests(dist: &Path) -> Result<Vec<String>> {
+    step("test programs for the node", || {
+        let mut cargo = cargo_static("test");
+        cargo.args([
+            "--no-run",
+            "--message-format=json-render-diagnostics",
+            "-p",
+            "e2e",
+        ]);
+        cargo.args(
+            KVM_TESTED_PACKAGES
+                .iter()
+                .flat_map(|package| ["-p", package]),
+        );
+        cargo.args(["--lib", "--bins", "--tests"]);
+        let messages = messages(&mut cargo)?;
+        let folder = dist.join("tests");
+        if folder.exists() {
+            fs::remove_dir_all(&folder)
+                .with_context(|| format!("cannot empty {}", folder.display()))?;
+        }
+        let mut names = Vec::new();
+        for (name, program) in test_programs(&messages) {
+            install(&program, &folder.join(&name))?;
+            names.push(name);
+        }
+        Ok(names)
+    })
+}
+
+fn build_host_programs(dist: &Path) -> Result<()> {
+    let mut cargo = cargo_static("build");
+    cargo
+        .args(["--release", "--bins"])
+        .args(HOST_PACKAGES.iter().flat_map(|package| ["-p", package]));
+    process::logged(&mut cargo, &workspace::logs().join("programs.log"))?;
+    HOST_PROGRAMS
+        .iter()
+        .try_for_each(|name| install(&built("release", name), &dist.join("bin").join(name)))
+}
+
+fn build_initramfs(dist: &Path) -> Result<()> {
+    let mut cargo = cargo_static("build");
+    cargo.args(["--profile", "guest", "--bins", "-p", "agent"]);
+    process::logged(&mut cargo, &workspace::logs().join("agent.log"))?;
+    let agent = built("guest", "coffer-agent");
+    let init = fs::read(&agent).with_context(|| format!("cannot read {}", agent.display()))?;
+    let made = workspace::target().join("coffer/initramfs");
+    let file = File::create(&made).with_context(|| format!("cannot create {}", made.display()))?;
+    let mut archive = Archive::new(BufWriter::new(file));
+    archive
+        .directory("dev")
+        .and_then(|()| archive.character_device("dev/console", 5, 1))?;
+    archive.file("init", 0o755, &init)?;
+    archive
+        .finish()?
+        .into_inner()
+        .context("cannot write the initramfs")?;
+    let size = fs::metadata(&made)
+        .context("cannot read the initramfs' size")?
+        .len();
+    if size > MAX_INITRAMFS {
+        bail!(
+            "the initramfs has {size} bytes, more than {MAX_INITRAMFS}; look for what the agent links"
+        );
+    }
+    install(&made, &dist.join("share/coffer/initramfs"))
+}
+
+/// Cargo with the flags for static programs.
+fn cargo_static(verb: &str) -> Command {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo
+        .current_dir(workspace::root())
+        .args([verb, "--target", TARGET, "--target-dir"])
+        .arg(target());
+    cargo
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .env("CARGO_TERM_COLOR", "never");
+    cargo
+}
+
+fn target() -> PathBuf {
+    workspace::target().join("static")
+}
+
+fn built(profile: &str, name: &str) -> PathBuf {
+    target().join(TARGET).join(profile).join(name)
+}
+
+/// Runs cargo and returns its messages (cargo book, "External tools").
+fn messages(cargo: &mut Command) -> Result<Vec<Value>> {
+    let output = cargo
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run cargo")?;
+    if !output.status.success() {
+        bail!(
+            "cargo ended with {}\n{}",
+            output.status,
+            process::last_lines(&String::from_utf8_lossy(&output.stderr))
+        );
+    }
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .map(|line| serde_json::from_str(line).context("cargo wrote something that is not JSON"))
+        .collect()
+}
+
+/// The test programs that cargo built: a name for each, and where it is.
+fn test_programs(messages: &[Value]) -> Vec<(String, PathBuf)> {
+    let test_program = |message: &Value| {
+        let program = message.get("executable")?.as_str()?;
+        message.pointer("/profile/test")?.as_bool()?.then_some(())?;
+        Some((
+            message.pointer("/target/name")?.as_str()?.to_owned(),
+            PathBuf::from(program),
+        ))
+    };
+    messages.iter().filter_map(test_program).collect()
+}
+
+/// Puts a file into the tree by a rename: a node that is running keeps the one it has open.
+fn install(from: &Path, to: &Path) -> Result<()> {
+    let describe = || format!("cannot put {} at {}", from.display(), to.display());
+    let folder = to.parent().with_context(describe)?;
+    fs::create_dir_all(folder).with_context(describe)?;
+    let partial = to.with_added_extension("partial");
+    fs::copy(from, &partial).with_context(describe)?;
+    fs::rename(&partial, to).with_context(describe)
+}
+
+/// Puts the container images into the tree.
+///
+/// # Errors
+/// When one cannot be made.
+pub(crate) fn images(archives: &[PathBuf]) -> Result<()> {
+    archives
+        .iter()
+        .try_for_each(|archive| images::install(archive, &workspace::dist()))
+}
+
+#[cfg(test)]
+mod unit_tests {
+    use super::*;
+
+    #[test]
+    fn only_test_programs_are_taken() {
+        let messages = [
+            r#"{"reason":"compiler-artifact","target":{"name":"e2e"},"profile":{"test":true},"executable":"/t/e2e-1"}"#,
+            r#"{"reason":"compiler-artifact","target":{"name":"vmm"},"profile":{"test":false},"executable":"/t/vmm"}"#,
+            r#"{"reason":"compiler-artifact","target":{"name":"ids"},"profile":{"test":true},"executable":null}"#,
+            r#"{"reason":"build-finished","success":true}"#,
+        ];
+        let messages: Vec<Value> = messages
+            .iter()
+            .map(|text| serde_json::from_str(text).unwrap())
+            .collect();
+        assert_eq!(
+            test_programs(&messages),
+            [("e2e".to_owned(), PathBuf::from("/t/e2e-1"))]
+        );
+    }
+}

@@ -1,0 +1,215 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! `cargo xtask test`: everything that must hold. Builds, checks, the tests of each crate on this machine, those that
+//! need KVM and the end-to-end suite where VMs can run; then one line with the sum.
+
+use std::fs;
+use std::io::{self, Write};
+use std::process::{Command, ExitCode};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::node::{Job, Machine, Place, Work};
+use crate::step::step;
+use crate::tally::{Outcome, Tally};
+use crate::{build, check, images, process, workspace};
+
+/// The longest time for the tests of all crates, compilation included.
+const CRATE_TESTS_LIMIT: Duration = Duration::from_secs(20 * 60);
+/// The longest time for what runs in the node; on 2 cores under emulation.
+const NODE_TESTS_LIMIT: Duration = Duration::from_secs(30 * 60);
+/// The end-to-end suite's test program; the other test programs run their ignored tests only.
+const SUITE: &str = "e2e";
+
+/// What `cargo xtask test` takes.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Only the tests that run in the node.
+    #[arg(long)]
+    only_node: bool,
+    /// Only tests of the end-to-end suite whose names contain this.
+    #[arg(long, default_value = "")]
+    filter: String,
+}
+
+/// Runs the verb. The exit code is 0 only if nothing failed.
+///
+/// # Errors
+/// When the tests cannot be built or the node does not run to its end.
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+    let place = thread::scope(|scope| {
+        // Waits for a network, so beside the build, which waits for the processor.
+        let software = scope.spawn(images::software);
+        build::run()?;
+        let software = software
+            .join()
+            .map_err(|_| anyhow::anyhow!("making the images panicked"))??;
+        build::images(&[images::small()?, software])?;
+        Place::choose()
+    })?;
+    let programs = build::tests(&workspace::dist())?;
+    let mut sum = Tally::default();
+    if !arguments.only_node {
+        sum += check::run()?;
+        sum += test_crates()?;
+    }
+    let node = test_in_node(&place, &programs, &arguments.filter)?;
+    // A test that is ignored on the machine because it needs KVM has now run.
+    sum.skipped = sum.skipped.saturating_sub(
+        node.needing_kvm
+            .passed
+            .saturating_add(node.needing_kvm.failed),
+    );
+    sum += node.needing_kvm;
+    sum += node.suite;
+    println!("{sum}");
+    Ok(if sum.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Unit and component tests of every crate, on this machine.
+fn test_crates() -> Result<Tally> {
+    let log = workspace::logs().join("crate-tests.log");
+    let passed = step("tests of every crate", || {
+        let mut cargo = Command::new("timeout");
+        cargo
+            .arg("--kill-after=10")
+            .arg(CRATE_TESTS_LIMIT.as_secs().to_string())
+            .arg(env!("CARGO"));
+        cargo.args(["test", "--workspace", "--exclude", SUITE, "--no-fail-fast"]);
+        cargo
+            .current_dir(workspace::root())
+            .env("CARGO_TERM_COLOR", "never");
+        process::logged(&mut cargo, &log)
+    });
+    let output = fs::read(&log).with_context(|| format!("cannot read {}", log.display()))?;
+    let output = String::from_utf8_lossy(&output);
+    let mut tally = Tally::of_libtest(&output);
+    if let Err(error) = passed {
+        if tally.failed == 0 {
+            // Not a test that failed: what does not compile or hangs is one failure of its own.
+            eprintln!("{error:#}");
+            tally += Tally::one(Outcome::Failed);
+        }
+        println!("{}", failures(&output));
+    }
+    Ok(tally)
+}
+
+/// What libtest programs say about their failed tests.
+fn failures(output: &str) -> String {
+    let mut inside = false;
+    let wanted = output.lines().filter(|line| {
+        inside = (inside || line.starts_with("failures:")) && !line.starts_with("test result:");
+        inside
+    });
+    wanted.collect::<Vec<_>>().join("\n")
+}
+
+/// What ran in the node.
+struct NodeTallies {
+    needing_kvm: Tally,
+    suite: Tally,
+}
+
+fn test_in_node(place: &Place, programs: &[String], filter: &str) -> Result<NodeTallies> {
+    let artifacts = workspace::target().join("coffer/artifacts");
+    if artifacts.exists() {
+        fs::remove_dir_all(&artifacts)
+            .with_context(|| format!("cannot empty {}", artifacts.display()))?;
+    }
+    let ignored =
+        |name: &String| format!("/opt/coffer/tests/{name} --ignored --test-threads=1 || code=1\n");
+    let needing_kvm: String = programs
+        .iter()
+        .filter(|name| *name != SUITE)
+        .map(ignored)
+        .collect();
+    let script = format!(
+        "export COFFER_E2E=1 COFFER_E2E_ARTIFACTS=/job/artifacts RUST_BACKTRACE=1\n\
+         mkdir -p /job/artifacts; code=0\n{needing_kvm}echo {BORDER}\n\
+         /opt/coffer/tests/{SUITE} --test-threads=1 {filter} || code=1\nexit $code\n"
+    );
+    let job = Job {
+        work: Work::Script(&script),
+        folder: &artifacts,
+        dist: &workspace::dist(),
+        source: &workspace::root(),
+        images: &[],
+        machine: Machine {
+            memory_mib: 4096,
+            limit: Some(NODE_TESTS_LIMIT),
+            ..Machine::default()
+        },
+    };
+    let mut out = Tee {
+        to: io::stdout(),
+        copy: Vec::new(),
+    };
+    let code = step("tests that need VMs", || {
+        place.run(&job, &mut out, &mut io::stderr())
+    })?;
+    let output = String::from_utf8_lossy(&out.copy);
+    let Some((needing_kvm, suite)) = output.split_once(BORDER) else {
+        bail!("the node ran no tests")
+    };
+    let mut tallies = NodeTallies {
+        needing_kvm: Tally::of_libtest(needing_kvm),
+        suite: Tally::of_libtest(suite),
+    };
+    if code != 0 {
+        eprintln!(
+            "==> logs of the node and of its failed tests: {}",
+            artifacts.display()
+        );
+        if tallies
+            .needing_kvm
+            .failed
+            .saturating_add(tallies.suite.failed)
+            == 0
+        {
+            // A test program that did not come to its summary.
+            tallies.suite += Tally::one(Outcome::Failed);
+        }
+    }
+    Ok(tallies)
+}
+
+/// Written by the node between the tests that need KVM and the end-to-end suite.
+const BORDER: &str = "---- end-to-end suite ----";
+
+/// Passes bytes on and keeps a copy.
+struct Tee<W> {
+    to: W,
+    copy: Vec<u8>,
+}
+
+impl<W: Write> Write for Tee<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.copy.extend_from_slice(bytes);
+        self.to.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_failed_tests_are_shown() {
+        let output = "test a ... ok\ntest b ... FAILED\n\nfailures:\n\n---- b stdout ----\nwhy\n\n\
+                      test result: FAILED. 1 passed; 1 failed; 0 ignored\nrunning 0 tests\n";
+        assert_eq!(failures(output), "failures:\n\n---- b stdout ----\nwhy\n");
+    }
+}
