@@ -1,0 +1,487 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! One VM: memory, vCPUs, interrupt lines and devices, put together.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use ids::{Mib, VcpuCount};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use virtio_device::VirtioDevice;
+use virtio_device::balloon::{Backing, Balloon, MemoryRelease};
+use virtio_device::block::{Access, Block, BlockOptions, FileDisk};
+use virtio_device::console::{Console, ConsoleLog, LogFile};
+use virtio_device::rng::{HostEntropy, Rng};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot::{self, BootSource, Entry, cmdline, registers};
+use crate::control::{Config, DiskAccess, DiskConfig};
+use crate::cpu::{cpuid, msr};
+use crate::devices::{
+    Bus, IoThread, Memory, Signals, Transport, TransportParts, TransportState, WorkerHost,
+    registers as mmio,
+};
+use crate::layout::{self, RamBlock};
+use crate::state::{KvmState, VcpuState, set_msrs};
+use crate::vcpu::{ExitCounters, Surroundings, Vcpu, VcpuThread};
+use crate::{Ends, VmmError, memory};
+
+/// The most vCPUs: what the guest kernel is built for.
+const MAX_VCPUS: u8 = 64;
+/// Bytes after which the console log file takes no more.
+const CONSOLE_LOG_BYTES: u64 = 16 << 20;
+/// Request queues of a disk: one thread serves all of them.
+const DISK_QUEUES: u16 = 1;
+
+const VSOCK_WINDOW: u16 = 0;
+const CONSOLE_WINDOW: u16 = 1;
+const RNG_WINDOW: u16 = 2;
+const BALLOON_WINDOW: u16 = 3;
+
+/// What a VM is made of besides its configuration.
+pub struct Resources {
+    /// `/dev/kvm`.
+    pub kvm: Kvm,
+    /// The guest kernel.
+    pub kernel: File,
+    /// The initramfs; empty if there is none.
+    pub initramfs: File,
+    /// Where connections to the guest arrive.
+    pub vsock: UnixListener,
+    /// Where the console goes besides memory.
+    pub console_log: Option<File>,
+    /// One for each disk of the configuration.
+    pub disks: Vec<File>,
+}
+
+/// Saved state of a whole VM but for its memory.
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
+pub struct MachineState {
+    kvm: KvmState,
+    vcpus: Vec<VcpuState>,
+    devices: BTreeMap<u16, TransportState>,
+}
+
+/// A VM.
+pub struct Machine {
+    // Fields are dropped in this order: vCPUs and devices before what they run on.
+    vcpus: Vec<VcpuThread>,
+    bus: Arc<Bus>,
+    io: Arc<IoThread>,
+    lines: BTreeMap<u32, Arc<EventFd>>,
+    disks: BTreeMap<u16, String>,
+    console: Arc<ConsoleLog>,
+    exits: Arc<ExitCounters>,
+    vm: VmFd,
+    kvm: Kvm,
+    memory: Memory,
+}
+
+/// What a thread does before it works: its seccomp filter.
+type BeforeThread = fn() -> Result<(), VmmError>;
+
+/// What the threads of each kind do first.
+#[derive(Clone, Copy)]
+pub struct ThreadSetup {
+    /// The I/O thread.
+    pub io: fn() -> Result<(), VmmError>,
+    /// Every vCPU thread.
+    pub vcpu: fn() -> Result<(), VmmError>,
+}
+
+impl Machine {
+    /// Builds the VM of `config` and starts its threads, with the vCPUs paused before their first instruction.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the configuration or refused by the host; nothing is left running.
+    pub fn build(
+        config: &Config,
+        resources: Resources,
+        ends: Arc<Ends>,
+        setup: ThreadSetup,
+    ) -> Result<Self, VmmError> {
+        let vcpus = check(config)?;
+        let blocks = layout::ram_blocks(Mib(config.memory_mib));
+        let vm = create_vm(&resources.kvm)?;
+        let memory = Arc::new(memory::map_ram(&blocks)?);
+        register_memory(&vm, &memory, &blocks)?;
+        let windows = layout::FIRST_DISK_SLOT.saturating_add(config.disk_slots);
+        let source = BootSource {
+            kernel: &resources.kernel,
+            initramfs: &resources.initramfs,
+            protocol: config.boot,
+            command_line: &cmdline::build(windows, &config.kernel_arguments)?,
+            vcpus,
+        };
+        let entry = boot::load(&memory, &blocks, &source)?;
+        let mut machine = Self {
+            vcpus: Vec::new(),
+            bus: Arc::new(Bus::new(windows)),
+            io: Arc::new(IoThread::start(setup.io)?),
+            lines: BTreeMap::new(),
+            disks: BTreeMap::new(),
+            console: Arc::new(ConsoleLog::new(
+                resources
+                    .console_log
+                    .map(|file| LogFile::new(file, CONSOLE_LOG_BYTES)),
+            )),
+            exits: Arc::default(),
+            vm,
+            kvm: resources.kvm,
+            memory,
+        };
+        machine.add_devices(config)?;
+        for (disk, file) in config.disks.iter().zip(resources.disks) {
+            machine.attach_disk(disk, file)?;
+        }
+        machine.add_vcpus(vcpus, entry, &ends, setup.vcpu)?;
+        Ok(machine)
+    }
+
+    /// Lets the vCPUs run, for the first time or after a pause.
+    pub fn resume(&self) {
+        self.for_each_device(|_, transport| transport.resume());
+        for vcpu in &self.vcpus {
+            vcpu.resume();
+        }
+    }
+
+    /// Lets the vCPUs run for the first time.
+    pub fn boot(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.resume();
+        }
+    }
+
+    /// Takes the vCPUs out of the guest and stops all work on its memory.
+    pub fn pause(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.pause();
+        }
+        self.for_each_device(|_, transport| transport.pause());
+    }
+
+    /// The state of a paused VM.
+    ///
+    /// # Errors
+    /// [`VmmError::Kvm`].
+    pub fn save(&self) -> Result<MachineState, VmmError> {
+        let msrs = self
+            .kvm
+            .get_msr_index_list()
+            .map_err(VmmError::kvm("list the model-specific registers"))?;
+        let msrs: Arc<[u32]> = msrs.as_slice().into();
+        let mut vcpus = Vec::new();
+        for vcpu in &self.vcpus {
+            vcpus.push(vcpu.save(&msrs)?);
+        }
+        let mut devices = BTreeMap::new();
+        self.for_each_device(|index, transport| {
+            devices.insert(index, transport.save());
+        });
+        Ok(MachineState {
+            kvm: KvmState::save(&self.vm)?,
+            vcpus,
+            devices,
+        })
+    }
+
+    /// Puts a disk into a free slot; answers the guest's name of the slot's device.
+    ///
+    /// # Errors
+    /// No slot is free, the serial is in use, or the file is no disk.
+    pub fn attach_disk(&mut self, disk: &DiskConfig, file: File) -> Result<String, VmmError> {
+        if self.disks.values().any(|serial| *serial == disk.serial) {
+            return Err(VmmError::SerialInUse {
+                serial: disk.serial.clone(),
+            });
+        }
+        let slots = self.bus.len().saturating_sub(layout::FIRST_DISK_SLOT);
+        let index = (layout::FIRST_DISK_SLOT..self.bus.len())
+            .find(|index| !self.disks.contains_key(index))
+            .ok_or(VmmError::NoSlot { slots })?;
+        let block = Block::new(BlockOptions {
+            disk: Arc::new(FileDisk::new(file)),
+            access: match disk.access {
+                DiskAccess::ReadOnly => Access::ReadOnly,
+                DiskAccess::ReadWrite => Access::ReadWrite,
+            },
+            serial: disk.serial.clone(),
+            queues: DISK_QUEUES,
+        })
+        .map_err(|source| VmmError::Device {
+            name: "block",
+            source,
+        })?;
+        self.add_device(index, Box::new(block))?;
+        self.disks.insert(index, disk.serial.clone());
+        Ok(cmdline::platform_device(index))
+    }
+
+    /// Empties the slot of the disk with this serial; nothing if there is none.
+    ///
+    /// # Errors
+    /// [`VmmError::DiskBusy`] while the guest's driver has it.
+    pub fn detach_disk(&mut self, serial: &str) -> Result<(), VmmError> {
+        let Some(index) = self
+            .disks
+            .iter()
+            .find(|(_, found)| *found == serial)
+            .map(|(index, _)| *index)
+        else {
+            return Ok(());
+        };
+        if let Some(mut window) = self.bus.window(index) {
+            if window.as_ref().is_some_and(Transport::is_in_use) {
+                return Err(VmmError::DiskBusy {
+                    serial: serial.to_owned(),
+                });
+            }
+            if let Some(transport) = window.take() {
+                self.release_kicks(index, &transport)?;
+            }
+        }
+        self.disks.remove(&index);
+        Ok(())
+    }
+
+    /// The end of the console's output.
+    #[must_use]
+    pub fn console_tail(&self) -> Vec<u8> {
+        self.console.tail()
+    }
+
+    /// Counters and states, for people.
+    #[must_use]
+    pub fn dump(&self) -> serde_json::Value {
+        let mut devices = Vec::new();
+        self.for_each_device(|index, transport| {
+            let counters: BTreeMap<_, _> = transport.metrics().into_iter().collect();
+            devices.push(serde_json::json!({
+                "window": index,
+                "device": transport.name(),
+                "status": transport.status().0,
+                "serial": self.disks.get(&index),
+                "counters": counters,
+            }));
+        });
+        let exits: BTreeMap<_, _> = self.exits.snapshot().into_iter().collect();
+        serde_json::json!({
+            "vcpus": self.vcpus.len(),
+            "exits": exits,
+            "stray_accesses": self.bus.stray_accesses.get(),
+            "devices": devices,
+        })
+    }
+
+    fn for_each_device(&self, mut action: impl FnMut(u16, &mut Transport)) {
+        for index in 0..self.bus.len() {
+            if let Some(mut window) = self.bus.window(index)
+                && let Some(transport) = &mut *window
+            {
+                action(index, transport);
+            }
+        }
+    }
+
+    fn add_devices(&mut self, config: &Config) -> Result<(), VmmError> {
+        let console =
+            Console::new(Arc::clone(&self.console)).map_err(|source| VmmError::Device {
+                name: "console",
+                source,
+            })?;
+        self.add_device(CONSOLE_WINDOW, Box::new(console))?;
+        self.add_device(RNG_WINDOW, Box::new(Rng::new(Arc::new(HostEntropy))))?;
+        let release = MemoryRelease::new(Arc::clone(&self.memory), Backing::Private);
+        let bytes = ids::Bytes::from(Mib(config.memory_mib)).0;
+        let balloon = Balloon::new(bytes, Arc::new(release));
+        self.add_device(BALLOON_WINDOW, Box::new(balloon))
+    }
+
+    /// Puts a device into its window: interrupt line, a kick for each queue, registers.
+    fn add_device(
+        &mut self,
+        index: u16,
+        device: Box<dyn VirtioDevice<Memory>>,
+    ) -> Result<(), VmmError> {
+        let line = self.line(layout::gsi(index))?;
+        let mut kicks = Vec::new();
+        for (queue, _) in (0u32..).zip(device.queue_sizes()) {
+            let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+                .map_err(VmmError::host("create a queue's event"))?;
+            self.vm
+                .register_ioevent(&kick, &notify_address(index), queue)
+                .map_err(VmmError::kvm("watch a queue's notifications"))?;
+            kicks.push(Arc::new(kick));
+        }
+        let transport = Transport::new(TransportParts {
+            device,
+            index,
+            memory: Arc::clone(&self.memory),
+            signals: Arc::new(Signals::new(line)),
+            kicks,
+            host: Arc::clone(&self.io) as Arc<dyn WorkerHost>,
+        });
+        if let Some(mut window) = self.bus.window(index) {
+            *window = Some(transport);
+        }
+        Ok(())
+    }
+
+    fn release_kicks(&self, index: u16, transport: &Transport) -> Result<(), VmmError> {
+        for (queue, kick) in (0u32..).zip(transport.kicks()) {
+            self.vm
+                .unregister_ioevent(kick, &notify_address(index), queue)
+                .map_err(VmmError::kvm("stop watching a queue's notifications"))?;
+        }
+        Ok(())
+    }
+
+    /// The event that raises an interrupt line, one for all devices on it.
+    fn line(&mut self, gsi: u32) -> Result<Arc<EventFd>, VmmError> {
+        if let Some(line) = self.lines.get(&gsi) {
+            return Ok(Arc::clone(line));
+        }
+        let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+            .map_err(VmmError::host("create an interrupt's event"))?;
+        self.vm
+            .register_irqfd(&line, gsi)
+            .map_err(VmmError::kvm("connect an interrupt line"))?;
+        let line = Arc::new(line);
+        self.lines.insert(gsi, Arc::clone(&line));
+        Ok(line)
+    }
+
+    fn add_vcpus(
+        &mut self,
+        count: VcpuCount,
+        entry: Entry,
+        ends: &Arc<Ends>,
+        before: BeforeThread,
+    ) -> Result<(), VmmError> {
+        let supported = self
+            .kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(VmmError::kvm("read the supported CPUID"))?;
+        let policy = cpuid::policy(supported.as_slice().to_vec());
+        let surroundings = Surroundings {
+            bus: Arc::clone(&self.bus),
+            ends: Arc::clone(ends),
+            exits: Arc::clone(&self.exits),
+        };
+        for id in 0..count.get() {
+            let fd = self
+                .vm
+                .create_vcpu(u64::from(id))
+                .map_err(VmmError::kvm("create a vCPU"))?;
+            configure_vcpu(&fd, &policy, id, count)?;
+            if id == 0 {
+                set_entry(&fd, entry)?;
+            }
+            let vcpu = Vcpu::new(fd, id, surroundings.clone()).start(before)?;
+            self.vcpus.push(vcpu);
+        }
+        Ok(())
+    }
+}
+
+fn notify_address(index: u16) -> IoEventAddress {
+    IoEventAddress::Mmio(layout::window(index).saturating_add(mmio::QUEUE_NOTIFY))
+}
+
+fn check(config: &Config) -> Result<VcpuCount, VmmError> {
+    let bad = |reason| Err(VmmError::Config { reason });
+    let Some(vcpus) = VcpuCount::new(config.vcpus).filter(|count| count.get() <= MAX_VCPUS) else {
+        return bad(format!(
+            "{} vCPUs: 1 to {MAX_VCPUS} are possible",
+            config.vcpus
+        ));
+    };
+    let memory = Mib(config.memory_mib);
+    if !(layout::MIN_MEMORY..=layout::MAX_MEMORY).contains(&memory) {
+        let (min, max) = (layout::MIN_MEMORY, layout::MAX_MEMORY);
+        return bad(format!("{memory} of memory: {min} to {max} are possible"));
+    }
+    let max_slots = layout::MAX_DEVICES.saturating_sub(layout::FIRST_DISK_SLOT);
+    if config.disk_slots > max_slots {
+        let slots = config.disk_slots;
+        return bad(format!(
+            "{slots} disk slots: at most {max_slots} are possible"
+        ));
+    }
+    Ok(vcpus)
+}
+
+fn create_vm(kvm: &Kvm) -> Result<VmFd, VmmError> {
+    let vm = kvm.create_vm().map_err(VmmError::kvm("create a VM"))?;
+    vm.set_tss_address(layout::TSS)
+        .map_err(VmmError::kvm("set the TSS address"))?;
+    vm.create_irq_chip()
+        .map_err(VmmError::kvm("create the interrupt controllers"))?;
+    if vm.check_extension(Cap::X86MsrFilter) {
+        msr::filter(&vm)?;
+    }
+    Ok(vm)
+}
+
+#[expect(unsafe_code, reason = "gives KVM the addresses of guest memory")]
+fn register_memory(
+    vm: &VmFd,
+    memory: &GuestMemoryMmap,
+    blocks: &[RamBlock],
+) -> Result<(), VmmError> {
+    for (slot, block) in (0u32..).zip(blocks) {
+        let host = memory
+            .get_host_address(GuestAddress(block.start))
+            .map_err(|error| VmmError::host("find guest memory")(std::io::Error::other(error)))?;
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: block.start,
+            memory_size: block.len,
+            userspace_addr: host as u64,
+        };
+        // SAFETY: each block is one whole mapping of `memory`, which `Machine` drops after the VM.
+        unsafe { vm.set_user_memory_region(region) }
+            .map_err(VmmError::kvm("give the VM its memory"))?;
+    }
+    Ok(())
+}
+
+fn configure_vcpu(
+    fd: &VcpuFd,
+    policy: &[kvm_cpuid_entry2],
+    id: u8,
+    count: VcpuCount,
+) -> Result<(), VmmError> {
+    let tsc_khz = fd
+        .get_tsc_khz()
+        .map_err(VmmError::kvm("read the clock rate"))?;
+    let identity = cpuid::VcpuIdentity {
+        id,
+        count: count.get(),
+        tsc_khz,
+    };
+    let entries =
+        CpuId::from_entries(&cpuid::for_vcpu(policy, identity)).map_err(|_| VmmError::Config {
+            reason: "the host's CPU has too many CPUID leaves".to_owned(),
+        })?;
+    fd.set_cpuid2(&entries)
+        .map_err(VmmError::kvm("set the CPUID"))?;
+    set_msrs(fd, &msr::AT_BOOT)
+}
+
+fn set_entry(fd: &VcpuFd, entry: Entry) -> Result<(), VmmError> {
+    let sregs = fd
+        .get_sregs()
+        .map_err(VmmError::kvm("read the control registers"))?;
+    fd.set_sregs(&registers::special(entry, sregs))
+        .map_err(VmmError::kvm("set the control registers"))?;
+    fd.set_regs(&registers::general(entry))
+        .map_err(VmmError::kvm("set the registers"))
+}

@@ -1,0 +1,131 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! The VMM process with guests of a few instructions, which run on any KVM. Needs `/dev/kvm`.
+
+mod common;
+
+use std::os::unix::process::ExitStatusExt;
+
+use common::{Vmm, config, files, pvh_kernel};
+use vmm::ExitCode;
+use vmm::control::{Answer, RefusalKind, Request};
+
+/// Writes 0x42 to port 0xf4 and faults without handlers: a triple fault.
+const WRITE_AND_RESET: &[u8] = &[0xb0, 0x42, 0xe6, 0xf4, 0x0f, 0x0b];
+/// Runs for ever.
+const SPIN: &[u8] = &[0xeb, 0xfe];
+
+#[test]
+fn guest_that_resets_itself_ends_the_vm_with_code_0() {
+    let (mut vmm, result) = Vmm::start(&config(), &files(&pvh_kernel(WRITE_AND_RESET)));
+    assert_eq!(result, Ok(Answer::Done));
+    let (code, text, status) = vmm.end();
+    assert_eq!((code, status.code()), (0, Some(0)));
+    assert_eq!(text, "the guest shut down");
+}
+
+#[test]
+fn control_socket_closed_ends_a_spinning_vm() {
+    let (mut vmm, result) = Vmm::start(&config(), &files(&pvh_kernel(SPIN)));
+    assert_eq!(result, Ok(Answer::Done));
+    drop(vmm.socket.take());
+    assert_eq!(
+        vmm.child.wait().unwrap().code(),
+        Some(ExitCode::Orphaned as i32)
+    );
+}
+
+#[test]
+fn control_socket_closed_before_the_configuration_ends_the_process() {
+    let mut vmm = Vmm::spawn();
+    drop(vmm.socket.take());
+    assert_eq!(
+        vmm.child.wait().unwrap().code(),
+        Some(ExitCode::Orphaned as i32)
+    );
+}
+
+#[test]
+fn killed_vmm_leaves_its_socket_closed() {
+    let (mut vmm, result) = Vmm::start(&config(), &files(&pvh_kernel(SPIN)));
+    assert_eq!(result, Ok(Answer::Done));
+    vmm.child.kill().unwrap();
+    assert_eq!(vmm.receive(), None);
+    assert_eq!(vmm.child.wait().unwrap().signal(), Some(libc::SIGKILL));
+}
+
+#[test]
+fn bad_kernels_are_refused_with_a_reason() {
+    let mut not_elf = pvh_kernel(SPIN);
+    not_elf[0] = 0;
+    let mut cut = pvh_kernel(&[0x90; 8192]);
+    cut.truncate(0x1800);
+    let mut high = pvh_kernel(SPIN);
+    high[64 + 24..64 + 32].copy_from_slice(&(1u64 << 40).to_le_bytes());
+    for (kernel, reason) in [
+        (Vec::new(), "read the guest kernel"),
+        (not_elf, "not a little-endian 64-bit ELF"),
+        (cut, "load the guest kernel"),
+        (high, "does not fit into guest memory"),
+    ] {
+        let (mut vmm, result) = Vmm::start(&config(), &files(&kernel));
+        let refusal = result.unwrap_err();
+        assert_eq!(refusal.kind, RefusalKind::Artifact);
+        assert!(refusal.text.contains(reason), "{}", refusal.text);
+        let (code, _, status) = vmm.end();
+        assert_eq!(code, ExitCode::Artifact as u8);
+        assert_eq!(status.code(), Some(i32::from(code)));
+    }
+}
+
+#[test]
+fn impossible_configurations_are_refused_with_what_is_possible() {
+    let mut none = config();
+    none.vcpus = 0;
+    let mut many = config();
+    many.vcpus = 65;
+    let mut little = config();
+    little.memory_mib = 15;
+    let mut slots = config();
+    slots.disk_slots = 37;
+    for (config, reason) in [
+        (none, "1 to 64"),
+        (many, "1 to 64"),
+        (little, "16 MiB to"),
+        (slots, "at most 36"),
+    ] {
+        let (_vmm, result) = Vmm::start(&config, &files(&pvh_kernel(SPIN)));
+        let refusal = result.unwrap_err();
+        assert_eq!(refusal.kind, RefusalKind::Config);
+        assert!(refusal.text.contains(reason), "{}", refusal.text);
+    }
+}
+
+#[test]
+fn message_that_is_none_ends_the_process() {
+    let mut vmm = Vmm::spawn();
+    let socket = vmm.socket.as_ref().unwrap();
+    socket
+        .send(&"hello", &[], nix::sys::socket::MsgFlags::empty())
+        .unwrap();
+    let (code, text, _) = vmm.end();
+    assert_eq!(code, ExitCode::Config as u8);
+    assert!(text.contains("control message cannot be read"), "{text}");
+}
+
+#[test]
+fn several_vcpus_start_pause_and_resume() {
+    let mut config = config();
+    config.vcpus = 3;
+    let (mut vmm, result) = Vmm::start(&config, &files(&pvh_kernel(SPIN)));
+    assert_eq!(result, Ok(Answer::Done));
+    for _ in 0..20 {
+        assert_eq!(vmm.call(Request::Pause, &[]), Ok(Answer::Done));
+        assert_eq!(vmm.call(Request::Resume, &[]), Ok(Answer::Done));
+    }
+    let Ok(Answer::Text(dump)) = vmm.call(Request::Dump, &[]) else {
+        panic!("no dump")
+    };
+    assert!(dump.contains("\"vcpus\":3"), "{dump}");
+}
