@@ -18,7 +18,7 @@ const MAP: &[(&str, &[&str])] = &[
     // pure: bytes and values, no I/O
     ("virtio_wire", &["ids"]),
     ("agent_proto", &["ids"]),
-    ("pod_spec", &["ids"]),
+    ("pod_spec", &["agent_proto", "ids"]),
     ("task_state", &["ids"]),
     // the VMM
     ("virtio_device", &["ids", "virtio_wire"]),
@@ -35,7 +35,10 @@ const MAP: &[(&str, &[&str])] = &[
     ("driver_conformance", &["hypervisor", "ids"]),
     // a pod
     ("agent_client", &["agent_proto", "ids"]),
-    ("pod_storage", &["ids", "pod_spec"]),
+    (
+        "pod_storage",
+        &["agent_proto", "hypervisor", "ids", "pod_spec"],
+    ),
     (
         "sandbox",
         &[
@@ -52,6 +55,7 @@ const MAP: &[(&str, &[&str])] = &[
         "shim",
         &[
             "agent_client",
+            "agent_proto",
             "driver_embedded",
             "hypervisor",
             "ids",
@@ -69,6 +73,7 @@ const MAP: &[(&str, &[&str])] = &[
         "agent",
         &["agent_core", "agent_proto", "ids", "oci_process"],
     ),
+    ("kernel_selftest", &[]),
     // tools
     (
         "virtio_testdriver",

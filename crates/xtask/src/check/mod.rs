@@ -21,7 +21,10 @@ use crate::{process, workspace};
 pub(crate) fn run() -> Result<Tally> {
     let mut sum = Tally::default();
     let deny_warnings = &[("RUSTDOCFLAGS", "-D warnings")];
-    sum += made("format", cargo(&["fmt", "--all", "--check"], &[]));
+    sum += made(
+        "format",
+        cargo(&["fmt", "--all", "--", "--check", "--color=never"], &[]),
+    );
     sum += made(
         "clippy",
         cargo(
