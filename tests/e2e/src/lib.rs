@@ -1,4 +1,31 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! End-to-end tests: real VMs under a real containerd.
+//! What the end-to-end tests stand on: commands with deadlines, containers that are removed, and the audit of the node
+//! that runs after every test.
+//!
+//! The tests run in a node (`cargo xtask test`): as root, with containerd, Coffer's programs and the test images, one
+//! test at a time, for the audit compares the whole node before and after.
+#![expect(
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a harness fails by panicking"
+)]
+
+mod audit;
+mod command;
+mod container;
+mod node;
+mod processes;
+
+pub use audit::Audit;
+pub use command::{DEADLINE, Output, eventually, run, run_with_input, spawn};
+pub use container::Container;
+pub use node::{ConfigChange, Node};
+pub use processes::{children_named, named, parent_of, process_exists};
+
+/// The runtime that `ctr` is told to use.
+pub const RUNTIME: &str = "io.containerd.coffer.v2";
+
+/// An image with busybox and nothing else.
+pub const BUSYBOX: &str = "coffer.test/busybox:latest";

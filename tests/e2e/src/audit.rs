@@ -1,0 +1,122 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! What is on a node that pods could leave behind: taken before a test and after it, and compared.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use crate::processes;
+
+/// Where Coffer and containerd keep what belongs to a pod.
+const STATE_DIRECTORIES: [&str; 7] = [
+    "/run/coffer",
+    "/run/containerd/s",
+    "/run/containerd/fifo",
+    "/run/containerd/io.containerd.runtime.v2.task",
+    "/run/containerd/io.containerd.grpc.v1.cri",
+    "/var/lib/containerd/io.containerd.runtime.v2.task",
+    "/var/lib/coffer",
+];
+
+/// Everything that a pod could leave behind, a line each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Audit(BTreeSet<String>);
+
+impl Audit {
+    /// The node as it is now.
+    pub fn take() -> Self {
+        let mut lines = BTreeSet::new();
+        let own = i32::try_from(std::process::id()).unwrap_or(0);
+        for (id, process) in processes::all() {
+            if process.parent != own {
+                lines.insert(format!("process {id} {}", process.name));
+            }
+        }
+        for mount in fs::read_to_string("/proc/self/mountinfo")
+            .unwrap_or_default()
+            .lines()
+        {
+            // The fields from the mount point on: ids change when something else is mounted.
+            lines.insert(format!(
+                "mount {}",
+                mount.splitn(5, ' ').last().unwrap_or(mount)
+            ));
+        }
+        for socket in fs::read_to_string("/proc/net/unix")
+            .unwrap_or_default()
+            .lines()
+        {
+            if let Some((_, path)) = socket.split_once(" /") {
+                lines.insert(format!("socket /{path}"));
+            }
+        }
+        for device in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+            if let Ok(file) = fs::read_to_string(device.path().join("loop/backing_file")) {
+                lines.insert(format!(
+                    "loop device {} of {file}",
+                    device.file_name().display()
+                ));
+            }
+        }
+        for link in fs::read_dir("/sys/class/net")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            lines.insert(format!("network interface {}", link.file_name().display()));
+        }
+        for directory in STATE_DIRECTORIES {
+            walk(Path::new(directory), &mut |path| {
+                lines.insert(format!("file {}", path.display()));
+            });
+        }
+        walk(Path::new("/sys/fs/cgroup"), &mut |path| {
+            if path.is_dir() {
+                lines.insert(format!("cgroup {}", path.display()));
+            }
+        });
+        Self(lines)
+    }
+
+    /// What is here and was not in `before`. What a node keeps on purpose is not left behind: cached images, the
+    /// template of scratch disks, and the folders that hold them.
+    pub fn left_since(&self, before: &Self) -> Vec<String> {
+        self.0
+            .difference(&before.0)
+            .filter(|line| !is_kept(line))
+            .cloned()
+            .collect()
+    }
+}
+
+fn is_kept(line: &str) -> bool {
+    let kept_files = [
+        "file /var/lib/coffer/images",
+        "file /var/lib/coffer/scratch-",
+    ];
+    // Folders that the first pod makes and all later ones use.
+    let folders = STATE_DIRECTORIES.map(|directory| format!("file {directory}"));
+    let namespaces = ["/default", "/k8s.io"].map(|namespace| {
+        ["/run/coffer", STATE_DIRECTORIES[3], STATE_DIRECTORIES[5]]
+            .map(|directory| format!("file {directory}{namespace}"))
+    });
+    kept_files.iter().any(|kept| line.starts_with(kept))
+        || folders.iter().any(|folder| folder == line)
+        || namespaces.iter().flatten().any(|folder| folder == line)
+        || line == "file /run/containerd/io.containerd.grpc.v1.cri/sandboxes"
+        || line == "file /run/containerd/io.containerd.grpc.v1.cri/containers"
+}
+
+fn walk(path: &Path, visit: &mut impl FnMut(&Path)) {
+    let Ok(metadata) = path.symlink_metadata() else {
+        return;
+    };
+    visit(path);
+    if metadata.is_dir() {
+        for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+            walk(&entry.path(), visit);
+        }
+    }
+}

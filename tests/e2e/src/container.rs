@@ -1,0 +1,118 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! Containers by `ctr`, as a person would run them.
+
+use crate::command::{Output, eventually, run, run_with_input, spawn};
+use crate::{BUSYBOX, RUNTIME};
+
+/// A container that runs in the background, removed at the end.
+#[derive(Debug)]
+pub struct Container {
+    id: String,
+}
+
+impl Container {
+    /// Starts a container of the busybox image.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub fn start(id: &str, command: &[&str]) -> Self {
+        Self::start_image(id, BUSYBOX, &[], command)
+    }
+
+    /// Starts a container of an image, with options for `ctr run`.
+    ///
+    /// # Panics
+    /// If it does not start.
+    pub fn start_image(id: &str, image: &str, options: &[&str], command: &[&str]) -> Self {
+        let container = Self { id: id.to_owned() };
+        let mut arguments = vec!["run", "--detach", "--runtime", RUNTIME];
+        arguments.extend(options);
+        arguments.extend([image, id]);
+        arguments.extend(command);
+        run("ctr", &arguments).success();
+        container
+    }
+
+    /// Runs a container of the busybox image to its end and removes it.
+    pub fn run(id: &str, command: &[&str]) -> Output {
+        Self::run_image(id, BUSYBOX, &[], command)
+    }
+
+    /// Runs a container of an image to its end and removes it, with options for `ctr run`.
+    pub fn run_image(id: &str, image: &str, options: &[&str], command: &[&str]) -> Output {
+        Self::run_with_input(id, image, options, command, b"")
+    }
+
+    /// The same with `input` on its stdin.
+    pub fn run_with_input(
+        id: &str,
+        image: &str,
+        options: &[&str],
+        command: &[&str],
+        input: &[u8],
+    ) -> Output {
+        let mut arguments = vec!["run", "--rm", "--runtime", RUNTIME];
+        arguments.extend(options);
+        arguments.extend([image, id]);
+        arguments.extend(command);
+        run_with_input("ctr", &arguments, input)
+    }
+
+    /// Runs a further process in it.
+    pub fn exec(&self, exec_id: &str, command: &[&str]) -> Output {
+        let mut arguments = vec!["task", "exec", "--exec-id", exec_id, &self.id];
+        arguments.extend(command);
+        run("ctr", &arguments)
+    }
+
+    /// Starts a further process in it, with piped output.
+    pub fn spawn_exec(&self, exec_id: &str, command: &[&str]) -> std::process::Child {
+        let mut arguments = vec!["task", "exec", "--exec-id", exec_id, &self.id];
+        arguments.extend(command);
+        spawn("ctr", &arguments)
+    }
+
+    /// Sends a signal to its init.
+    pub fn kill(&self, signal: &str) -> Output {
+        run("ctr", &["task", "kill", "--signal", signal, &self.id])
+    }
+
+    /// What containerd says of its task: "RUNNING", "STOPPED", or nothing.
+    pub fn status(&self) -> Option<String> {
+        let tasks = run("ctr", &["task", "ls"]).stdout;
+        let line = tasks
+            .lines()
+            .find(|line| line.split_whitespace().next() == Some(&self.id))?;
+        line.split_whitespace().nth(2).map(str::to_owned)
+    }
+
+    /// Waits until containerd says that its task has ended.
+    ///
+    /// # Panics
+    /// If it does not in time.
+    pub fn wait_stopped(&self) {
+        eventually(&format!("{} stops", self.id), || {
+            (self.status().is_none_or(|status| status == "STOPPED")).then_some(())
+        });
+    }
+
+    /// Deletes the task of a container that has ended, and gives the exit code that containerd reports.
+    pub fn delete_task(&self) -> i32 {
+        run("ctr", &["task", "delete", &self.id]).code
+    }
+
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        run("ctr", &["task", "kill", "--signal", "SIGKILL", &self.id]);
+        run("ctr", &["task", "delete", "--force", &self.id]);
+        run("ctr", &["container", "delete", &self.id]);
+    }
+}

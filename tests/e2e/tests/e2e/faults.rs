@@ -1,0 +1,209 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! Whatever is killed, containerd learns the truth, `delete` works, and nothing is left.
+
+use e2e::{
+    BUSYBOX, Container, Node, RUNTIME, children_named, eventually, named, parent_of,
+    process_exists, run, spawn,
+};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+fn kill_9(pid: i32) {
+    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    eventually("a killed process is gone", || {
+        (!process_exists(pid)).then_some(())
+    });
+}
+
+fn only(pids: &[i32]) -> i32 {
+    assert_eq!(pids.len(), 1, "{pids:?}");
+    pids[0]
+}
+
+/// The VMM and the shim of the only container of the node.
+fn vmm_and_shim() -> (i32, i32) {
+    let vmm = only(&named("coffer-vmm"));
+    (vmm, parent_of(vmm).unwrap())
+}
+
+#[test]
+fn killed_vmm_is_exit_137_once() {
+    let node = Node::new("killed_vmm_is_exit_137_once");
+    let container = Container::start("vmm-killed", &["sleep", "infinity"]);
+    let mut events = spawn("ctr", &["events"]);
+    let (vmm, _) = vmm_and_shim();
+    kill_9(vmm);
+    container.wait_stopped();
+    assert_eq!(container.delete_task(), 137, "{}", node.log());
+    events.kill().unwrap();
+    let output = events.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(text.matches("/tasks/exit").count(), 1, "{text}");
+    assert!(text.contains("137"), "{text}");
+}
+
+#[test]
+fn killed_shim_takes_its_vm_along() {
+    let _node = Node::new("killed_shim_takes_its_vm_along");
+    let container = Container::start("shim-killed", &["sleep", "infinity"]);
+    let (vmm, shim) = vmm_and_shim();
+    kill_9(shim);
+    eventually("the VMM goes with its shim", || {
+        (!process_exists(vmm)).then_some(())
+    });
+    container.wait_stopped();
+}
+
+#[test]
+fn killed_process_of_the_container_is_its_own_exit() {
+    let _node = Node::new("killed_process_of_the_container_is_its_own_exit");
+    let container = Container::start(
+        "process-killed",
+        &["sh", "-c", "sleep 1000 & wait $!; exit $?"],
+    );
+    container
+        .exec("kill", &["sh", "-c", "kill -9 $(pidof sleep)"])
+        .success();
+    container.wait_stopped();
+    assert_eq!(container.delete_task(), 137);
+}
+
+#[test]
+fn shim_survives_containerds_restart() {
+    let node = Node::new("shim_survives_containerds_restart");
+    let container = Container::start("containerd-killed", &["sleep", "infinity"]);
+    let containerd = only(&named("containerd"));
+    kill_9(containerd);
+    restart_containerd();
+    assert_eq!(
+        container.status().as_deref(),
+        Some("RUNNING"),
+        "{}",
+        node.log()
+    );
+    assert_eq!(container.exec("after", &["sh", "-c", "exit 8"]).code, 8);
+    container.kill("SIGKILL").success();
+    container.wait_stopped();
+    assert_eq!(container.delete_task(), 137);
+    drop(container);
+    drop(node);
+}
+
+#[test]
+fn exit_while_containerd_is_down_is_told_afterwards() {
+    let _node = Node::new("exit_while_containerd_is_down_is_told_afterwards");
+    let container = Container::start("exit-while-down", &["sleep", "infinity"]);
+    kill_9(only(&named("containerd")));
+    let (vmm, _) = vmm_and_shim();
+    kill_9(vmm);
+    restart_containerd();
+    container.wait_stopped();
+    assert_eq!(container.delete_task(), 137);
+}
+
+/// Starts containerd as the node's boot did.
+fn restart_containerd() {
+    run(
+        "sh",
+        &[
+            "-c",
+            "setsid containerd >> /run/containerd.log 2>&1 < /dev/null &",
+        ],
+    )
+    .success();
+    eventually("containerd serves again", || {
+        (run("ctr", &["version"]).code == 0).then_some(())
+    });
+}
+
+/// Kills a process of a container that is just being made, at each of several moments of its making.
+fn kill_in_the_middle(test: &str, victim: &str) {
+    let node = Node::new(test);
+    for moment in 0..6_u32 {
+        let id = format!("{test}-{moment}").replace('_', "-");
+        let arguments = [
+            "run",
+            "--detach",
+            "--runtime",
+            RUNTIME,
+            BUSYBOX,
+            &id,
+            "sleep",
+            "infinity",
+        ];
+        let mut ctr = spawn("ctr", &arguments);
+        let pid = eventually("the victim starts", || {
+            // Or the container is up already, on a fast machine.
+            named(victim)
+                .first()
+                .copied()
+                .or_else(|| ctr.try_wait().unwrap().map(|_| 0))
+        });
+        // Later and later: the moments of the making are many, and this meets some of them.
+        std::thread::sleep(std::time::Duration::from_millis(u64::from(moment) * 150));
+        if pid != 0 && process_exists(pid) {
+            kill_9(pid);
+        }
+        let output = ctr.wait_with_output().unwrap();
+        if !output.status.success() {
+            assert!(!output.stderr.is_empty(), "a failed create must say why");
+        }
+        run("ctr", &["task", "kill", "--signal", "SIGKILL", &id]);
+        run("ctr", &["task", "delete", "--force", &id]);
+        run("ctr", &["container", "delete", &id]);
+        let listed = run("ctr", &["container", "ls", "-q"]).stdout;
+        assert!(!listed.contains(&id), "{listed}\n{}", node.log());
+    }
+}
+
+#[test]
+fn vmm_killed_while_a_container_is_made() {
+    kill_in_the_middle("vmm_killed_while_a_container_is_made", "coffer-vmm");
+}
+
+#[test]
+fn shim_killed_while_a_container_is_made() {
+    kill_in_the_middle(
+        "shim_killed_while_a_container_is_made",
+        "containerd-shim-coffer-v2",
+    );
+}
+
+#[test]
+fn containerd_killed_while_a_container_is_made() {
+    let _node = Node::new("containerd_killed_while_a_container_is_made");
+    for moment in 0..4_u64 {
+        let id = format!("create-interrupted-{moment}");
+        let arguments = [
+            "run",
+            "--detach",
+            "--runtime",
+            RUNTIME,
+            BUSYBOX,
+            &id,
+            "sleep",
+            "infinity",
+        ];
+        let mut ctr = spawn("ctr", &arguments);
+        eventually("a VMM starts", || {
+            (!named("coffer-vmm").is_empty() || ctr.try_wait().unwrap().is_some()).then_some(())
+        });
+        std::thread::sleep(std::time::Duration::from_millis(moment * 200));
+        kill_9(only(&named("containerd")));
+        ctr.wait().unwrap();
+        restart_containerd();
+        run("ctr", &["task", "kill", "--signal", "SIGKILL", &id]);
+        run("ctr", &["task", "delete", "--force", &id]);
+        run("ctr", &["container", "delete", &id]);
+    }
+}
+
+#[test]
+fn vmm_is_a_child_of_its_shim_and_alone() {
+    let _node = Node::new("vmm_is_a_child_of_its_shim_and_alone");
+    let _container = Container::start("family", &["sleep", "infinity"]);
+    let (vmm, shim) = vmm_and_shim();
+    assert_eq!(children_named(shim, "coffer-vmm"), [vmm]);
+}

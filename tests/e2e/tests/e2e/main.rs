@@ -1,0 +1,21 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! End-to-end tests: containerd, the shim, a VM, the guest agent, and a container's process in it. Each test ends with
+//! an audit of the node. Run by `cargo xtask test`.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "tests"
+)]
+
+mod bad_input;
+mod cri;
+mod cri_client;
+mod faults;
+mod isolation;
+mod lifecycle;
+mod software;
+mod streams;
+mod terminal;
