@@ -20,6 +20,7 @@ mod events;
 mod host_cgroup;
 mod info;
 mod log;
+mod node_host;
 mod process;
 mod publisher;
 mod run;
@@ -30,6 +31,7 @@ mod state_dir;
 mod status;
 mod task_service;
 
+pub use node_host::NodeHost;
 pub use run::{Roots, run};
 pub use serve::{Node, PodParts, PodRequest};
 pub use status::to_status;

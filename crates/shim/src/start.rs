@@ -212,7 +212,7 @@ pub(crate) fn read_config(path: Option<&Path>) -> Result<RuntimeConfig, ShimErro
 }
 
 /// The bundle's spec, or `None` if it has none.
-fn read_bundle(dir: &Path) -> Result<Option<Bundle>, ShimError> {
+pub(crate) fn read_bundle(dir: &Path) -> Result<Option<Bundle>, ShimError> {
     // One byte more than is allowed, so that the parser sees that there is more.
     let limit = u64::try_from(MAX_SPEC_BYTES)
         .unwrap_or(u64::MAX)

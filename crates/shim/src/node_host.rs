@@ -1,0 +1,396 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! The node as a sandbox sees it: bundles and containerd's mounts become a VM and its containers.
+//!
+//! Reads files and calls [`pod_spec`], which decides, and [`pod_storage`], which builds. Whatever these make on the host
+//! is an open file without a name, so a plan has nothing to undo.
+
+use std::any::Any;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use agent_proto::{CONTROL_PORT, api};
+use hypervisor::{Disk, VmSpec};
+use ids::{DiskSerial, GuestCid, SandboxId};
+use pod_spec::{Bundle, ContainerSpec, Role, RuntimeConfig, SpecError};
+use pod_storage::{Rootfs, RootfsForm, StorageError, Store};
+use sandbox::{
+    ContainerKind, ContainerPlan, CreateTask, GuestContainer, GuestDisk, GuestRootfs, Host,
+    PodPlan, SandboxError, SandboxErrorKind,
+};
+
+use crate::serve::PodRequest;
+use crate::start::read_bundle;
+
+/// The scratch disk's file system, and how the guest mounts it: what is deleted is given back to the host at once.
+const SCRATCH_FS: &str = "ext4";
+const SCRATCH_OPTIONS: &str = "discard";
+
+/// The node for one sandbox.
+#[derive(Debug)]
+pub struct NodeHost {
+    id: SandboxId,
+    bundle: PathBuf,
+    config: RuntimeConfig,
+}
+
+impl NodeHost {
+    /// The node for the sandbox that `pod` asks for.
+    pub fn new(pod: &PodRequest<'_>) -> Self {
+        Self {
+            id: pod.id.clone(),
+            bundle: pod.bundle.to_path_buf(),
+            config: pod.config.clone(),
+        }
+    }
+
+    fn store(&self) -> Result<Store, SandboxError> {
+        Store::open(&self.config.storage).map_err(storage_error)
+    }
+
+    /// A container's root file system and the files that are copied into it.
+    fn guest_container(
+        &self,
+        task: &CreateTask,
+        spec: ContainerSpec,
+    ) -> Result<GuestContainer, SandboxError> {
+        let store = self.store()?;
+        let mut mounts = Vec::new();
+        for mount in &task.rootfs {
+            if !matches!(mount.target.as_str(), "" | "/") {
+                let message = format!(
+                    "a rootfs mount with target {:?}: only mounts of the whole rootfs are known",
+                    mount.target
+                );
+                return Err(SandboxError::new(SandboxErrorKind::Unimplemented, message));
+            }
+            mounts.push(pod_storage::RootfsMount {
+                fs_type: mount.fs_type.clone(),
+                source: mount.source.clone(),
+                options: mount.options.clone(),
+            });
+        }
+        let rootfs = store
+            .rootfs(&task.container, &mounts, &task.bundle.join("rootfs"))
+            .map_err(storage_error)?;
+        Ok(GuestContainer {
+            spec_json: spec.guest_spec,
+            rootfs: guest_rootfs(rootfs)?,
+            copied_mounts: store.copy_files(&spec.copies).map_err(storage_error)?,
+        })
+    }
+}
+
+impl Host for NodeHost {
+    fn plan_pod(&self) -> Result<PodPlan, SandboxError> {
+        let pod = bundle(&self.bundle)?
+            .pod(&self.config.guest)
+            .map_err(spec_error)?;
+        let scratch = self.store()?.scratch_disk().map_err(storage_error)?;
+        let guest = &self.config.guest;
+        let mut configure = api::ConfigureSandboxRequest::new();
+        configure.hostname = pod.hostname.unwrap_or_default();
+        configure.sysctls = pod.sysctls.into_iter().collect();
+        configure.shm_bytes = pod.shm.0;
+        configure.wall_clock_ns = wall_clock_ns();
+        configure.scratch = Some(api::Disk {
+            serial: scratch.serial.to_string(),
+            fs_type: SCRATCH_FS.to_owned(),
+            mount_options: vec![SCRATCH_OPTIONS.to_owned()],
+            ..api::Disk::default()
+        })
+        .into();
+        let vm = VmSpec {
+            sandbox: self.id.clone(),
+            vcpus: pod.size.vcpus,
+            memory: pod.size.memory,
+            kernel: open("guest.kernel", &guest.kernel)?,
+            initramfs: open("guest.initramfs", &guest.initramfs)?,
+            kernel_arguments: guest.kernel_arguments.clone(),
+            disks: vec![scratch],
+            cid: GuestCid::DEFAULT,
+            host_ports: vec![CONTROL_PORT],
+            console_log: None,
+        };
+        Ok(PodPlan {
+            vm,
+            configure,
+            guard: nothing_to_undo(),
+        })
+    }
+
+    fn plan_container(&self, task: &CreateTask) -> Result<ContainerPlan, SandboxError> {
+        let bundle = bundle(&task.bundle)?;
+        let sandbox = bundle.sandbox(&task.container).map_err(spec_error)?;
+        if sandbox != self.id {
+            let message = format!(
+                "container {} is of sandbox {sandbox}, this is sandbox {}",
+                task.container, self.id
+            );
+            return Err(SandboxError::new(
+                SandboxErrorKind::InvalidArgument,
+                message,
+            ));
+        }
+        let kind = match bundle.role() {
+            Role::Sandbox => ContainerKind::Sandbox,
+            Role::Member(_) | Role::Standalone => {
+                let spec = bundle.container(&task.container).map_err(spec_error)?;
+                ContainerKind::Guest(self.guest_container(task, spec)?)
+            }
+        };
+        Ok(ContainerPlan {
+            kind,
+            guard: nothing_to_undo(),
+        })
+    }
+}
+
+fn nothing_to_undo() -> Box<dyn Any + Send> {
+    Box::new(())
+}
+
+fn bundle(dir: &Path) -> Result<Bundle, SandboxError> {
+    let missing = || {
+        let message = format!("{} has no config.json", dir.display());
+        SandboxError::new(SandboxErrorKind::InvalidArgument, message)
+    };
+    read_bundle(dir)
+        .map_err(|error| {
+            let message = format!("read the bundle {}", dir.display());
+            SandboxError::new(SandboxErrorKind::InvalidArgument, message).because(error)
+        })?
+        .ok_or_else(missing)
+}
+
+fn open(key: &str, path: &Path) -> Result<File, SandboxError> {
+    File::open(path).map_err(|error| {
+        let message = format!("open {}: set {key} in the node's config", path.display());
+        SandboxError::new(SandboxErrorKind::FailedPrecondition, message).because(error)
+    })
+}
+
+fn wall_clock_ns() -> u64 {
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or_default()
+}
+
+/// Each disk with its way of being mounted, in the order of the mounts.
+fn guest_rootfs(rootfs: Rootfs) -> Result<GuestRootfs, SandboxError> {
+    let mut disks = rootfs.disks;
+    Ok(match rootfs.form {
+        RootfsForm::Layered(serials) => {
+            let layers = serials
+                .iter()
+                .map(|serial| guest_disk(&mut disks, serial, "erofs", vec!["ro".to_owned()]));
+            GuestRootfs::Layered(layers.collect::<Result<_, _>>()?)
+        }
+        RootfsForm::Disk {
+            serial,
+            fs_type,
+            options,
+        } => GuestRootfs::Disk(guest_disk(&mut disks, &serial, &fs_type, options)?),
+    })
+}
+
+fn guest_disk(
+    disks: &mut Vec<Disk>,
+    serial: &DiskSerial,
+    fs_type: &str,
+    mount_options: Vec<String>,
+) -> Result<GuestDisk, SandboxError> {
+    let at = disks
+        .iter()
+        .position(|disk| disk.serial == *serial)
+        .ok_or_else(|| {
+            SandboxError::new(
+                SandboxErrorKind::Internal,
+                format!("the rootfs names disk {serial}, which it does not have"),
+            )
+        })?;
+    Ok(GuestDisk {
+        disk: disks.swap_remove(at),
+        fs_type: fs_type.to_owned(),
+        mount_options,
+    })
+}
+
+fn spec_error(error: SpecError) -> SandboxError {
+    let kind = match &error {
+        SpecError::TooLong { .. }
+        | SpecError::Json(_)
+        | SpecError::ExecJson(_)
+        | SpecError::Missing(_)
+        | SpecError::Annotation { .. }
+        | SpecError::Id(_) => SandboxErrorKind::InvalidArgument,
+        SpecError::HostNamespace(..) | SpecError::Unsupported { .. } => {
+            SandboxErrorKind::Unimplemented
+        }
+        SpecError::TooLarge { .. } => SandboxErrorKind::ResourceExhausted,
+    };
+    SandboxError::new(kind, "read the container's spec").because(error)
+}
+
+fn storage_error(error: StorageError) -> SandboxError {
+    let kind = match &error {
+        StorageError::NoSpace { .. } => SandboxErrorKind::ResourceExhausted,
+        StorageError::UnknownRootfs(_)
+        | StorageError::Overlay { .. }
+        | StorageError::CopyTooLarge(_)
+        | StorageError::CopyKind { .. } => SandboxErrorKind::InvalidArgument,
+        StorageError::Io { .. } | StorageError::Tool { .. } | StorageError::Serial(_) => {
+            SandboxErrorKind::Internal
+        }
+    };
+    SandboxError::new(kind, "prepare the pod's storage").because(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ids::ContainerId;
+    use sandbox::{RootfsMount, StdioPaths};
+
+    fn host(dir: &Path, config: &str) -> NodeHost {
+        let cache = dir.join("cache");
+        let text = format!(
+            "{config}\n[storage]\ncache_dir = {:?}\nscratch_mib = 64",
+            cache.to_str().unwrap()
+        );
+        NodeHost {
+            id: "pod1".parse().unwrap(),
+            bundle: dir.to_path_buf(),
+            config: RuntimeConfig::parse(&text).unwrap(),
+        }
+    }
+
+    fn task(dir: &Path, id: &str, rootfs: Vec<RootfsMount>) -> CreateTask {
+        CreateTask {
+            container: id.parse::<ContainerId>().unwrap(),
+            bundle: dir.to_path_buf(),
+            rootfs,
+            stdio: StdioPaths::default(),
+        }
+    }
+
+    fn spec(dir: &Path, annotations: &str) {
+        let namespaces: Vec<_> = ["mount", "pid", "network", "ipc", "uts"]
+            .map(|kind| serde_json::json!({ "type": kind }))
+            .into();
+        let annotations: serde_json::Value = serde_json::from_str(annotations).unwrap();
+        let spec = serde_json::json!({
+            "ociVersion": "1.0.2",
+            "hostname": "web",
+            "annotations": annotations,
+            "process": { "user": { "uid": 0, "gid": 0 }, "cwd": "/", "args": ["true"] },
+            "root": { "path": "rootfs" },
+            "linux": { "namespaces": namespaces },
+        });
+        std::fs::write(dir.join("config.json"), spec.to_string()).unwrap();
+    }
+
+    fn kind<T>(result: Result<T, SandboxError>) -> (SandboxErrorKind, String) {
+        match result {
+            Ok(_) => panic!("accepted"),
+            Err(error) => (error.kind(), error.report()),
+        }
+    }
+
+    #[test]
+    fn pod_without_guest_kernel_says_which_key_to_set() {
+        let dir = tempfile::tempdir().unwrap();
+        spec(dir.path(), "{}");
+        let host = host(dir.path(), "[guest]\nkernel = \"/nowhere/vmlinux\"");
+        let (kind, text) = kind(host.plan_pod());
+        assert_eq!(kind, SandboxErrorKind::FailedPrecondition);
+        assert!(
+            text.starts_with("open /nowhere/vmlinux: set guest.kernel in the node's config: "),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn pod_is_made_from_its_first_bundle() {
+        let dir = tempfile::tempdir().unwrap();
+        spec(dir.path(), "{}");
+        for name in ["vmlinux", "initramfs"] {
+            std::fs::write(dir.path().join(name), name).unwrap();
+        }
+        let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        let config = format!(
+            "[guest]\nkernel = {:?}\ninitramfs = {:?}",
+            path("vmlinux"),
+            path("initramfs")
+        );
+        let plan = host(dir.path(), &config).plan_pod().unwrap();
+        assert_eq!(plan.vm.sandbox.as_str(), "pod1");
+        assert_eq!(plan.vm.host_ports, [CONTROL_PORT]);
+        assert_eq!(plan.configure.hostname, "web");
+        assert_eq!(
+            plan.configure.scratch.serial,
+            plan.vm.disks[0].serial.as_str()
+        );
+        assert!(plan.configure.wall_clock_ns > 0);
+    }
+
+    #[test]
+    fn bundle_that_is_no_json_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), "not json").unwrap();
+        let (kind, text) =
+            kind(host(dir.path(), "").plan_container(&task(dir.path(), "pod1", vec![])));
+        assert_eq!(kind, SandboxErrorKind::InvalidArgument);
+        assert!(
+            text.contains(dir.path().to_str().unwrap()) && text.contains("OCI runtime spec"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn sandbox_container_needs_nothing_and_a_stranger_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let host = host(dir.path(), "");
+        spec(
+            dir.path(),
+            "{\"io.kubernetes.cri.container-type\":\"sandbox\"}",
+        );
+        let plan = host
+            .plan_container(&task(dir.path(), "pod1", vec![]))
+            .unwrap();
+        assert!(matches!(plan.kind, ContainerKind::Sandbox));
+        let (kind, text) = kind(host.plan_container(&task(dir.path(), "pod2", vec![])));
+        assert_eq!(kind, SandboxErrorKind::InvalidArgument);
+        assert_eq!(
+            text,
+            "container pod2 is of sandbox pod2, this is sandbox pod1"
+        );
+    }
+
+    #[test]
+    fn rootfs_of_unknown_type_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        spec(dir.path(), "{}");
+        let mount = |fs_type: &str, target: &str| RootfsMount {
+            fs_type: fs_type.to_owned(),
+            source: "none".to_owned(),
+            target: target.to_owned(),
+            options: vec![],
+        };
+        let host = host(dir.path(), "");
+        let unknown = kind(host.plan_container(&task(dir.path(), "pod1", vec![mount("zfs", "")])));
+        assert_eq!(
+            unknown.0,
+            SandboxErrorKind::InvalidArgument,
+            "{}",
+            unknown.1
+        );
+        assert!(unknown.1.contains("zfs"), "{}", unknown.1);
+        let partial =
+            kind(host.plan_container(&task(dir.path(), "pod1", vec![mount("overlay", "/usr")])));
+        assert_eq!(partial.0, SandboxErrorKind::Unimplemented);
+    }
+}
