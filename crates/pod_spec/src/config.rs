@@ -223,6 +223,17 @@ mod tests {
     }
 
     #[test]
+    fn every_key_is_documented_and_no_other() {
+        let page = include_str!("../../../docs/config.md");
+        let documented = page
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+        let mut text = ConfigText::empty();
+        RuntimeConfig::read(&mut text);
+        assert_eq!(documented.collect::<Vec<_>>(), text.known());
+    }
+
+    #[test]
     fn text_that_is_no_toml_is_refused() {
         assert!(matches!(
             RuntimeConfig::parse("[guest"),

@@ -108,6 +108,12 @@ impl ConfigText {
         }
     }
 
+    /// The keys that were asked for.
+    #[cfg(test)]
+    pub(crate) fn known(&self) -> &[String] {
+        &self.known
+    }
+
     fn take(&mut self, key: &str) -> Option<toml::Value> {
         self.known.push(key.to_owned());
         self.values.remove(key)
