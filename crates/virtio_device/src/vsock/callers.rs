@@ -110,7 +110,9 @@ impl Muxer {
         let machine = Connection::request(window, self.now);
         self.table.replace(id, |entry| match entry {
             Entry::Greeting { socket, .. } => {
-                Entry::Stream(Stream::new(key, machine, socket, large))
+                let mut stream = Stream::new(key, machine, socket, large);
+                stream.readable = true; // the edge of what came behind the line may have passed
+                Entry::Stream(stream)
             }
             stream @ Entry::Stream(_) => stream,
         });

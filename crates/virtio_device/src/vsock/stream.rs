@@ -78,7 +78,7 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    /// A stream over `socket`, which does not block.
+    /// A stream over `socket`, which does not block, and of which the poller is yet to say what there is to read.
     pub(super) fn new(
         key: ConnectionKey,
         machine: Connection,
@@ -89,7 +89,7 @@ impl Stream {
             key,
             machine,
             socket,
-            readable: true,
+            readable: false,
             queued: false,
             large,
             watches_room: false,
