@@ -29,8 +29,17 @@ impl ProcessIdentity {
     pub(crate) fn of(pid: i32) -> io::Result<Self> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
         let start_time =
-            start_time(&stat).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+            field(&stat, START_TIME).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
         Ok(Self { pid, start_time })
+    }
+
+    /// The identity of a child of this process.
+    pub(crate) fn of_child(pid: i32) -> io::Result<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        if field(&stat, PARENT) != Some(u64::from(std::process::id())) {
+            return Err(io::Error::from(io::ErrorKind::NotFound));
+        }
+        Self::of(pid)
     }
 
     /// This process.
@@ -99,10 +108,14 @@ fn gone(error: &io::Error) -> bool {
         || error.raw_os_error() == Some(Errno::SRCH.raw_os_error())
 }
 
-/// Field 22. The second field, the name in parentheses, may hold spaces and parentheses of its own.
-fn start_time(stat: &str) -> Option<u64> {
+/// Where a field of `/proc/pid/stat` is behind the name (proc(5) counts from 1, and the name is the second).
+const PARENT: usize = 4 - 3;
+const START_TIME: usize = 22 - 3;
+
+/// A number in `/proc/pid/stat`. The name, in parentheses, may hold spaces and parentheses of its own.
+fn field(stat: &str, index: usize) -> Option<u64> {
     let (_, fields) = stat.rsplit_once(')')?;
-    fields.split_whitespace().nth(19)?.parse().ok()
+    fields.split_whitespace().nth(index)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -114,9 +127,9 @@ mod tests {
     fn start_time_is_found_behind_a_hostile_name() {
         let fields: Vec<String> = (3..=52).map(|number| number.to_string()).collect();
         let stat = format!("7 (a) b (c) {}\n", fields.join(" "));
-        assert_eq!(start_time(&stat), Some(22));
-        assert_eq!(start_time("7 (a) S 1"), None);
-        assert_eq!(start_time(""), None);
+        assert_eq!(field(&stat, START_TIME), Some(22));
+        assert_eq!(field("7 (a) S 1", START_TIME), None);
+        assert_eq!(field("", START_TIME), None);
     }
 
     #[test]
@@ -130,6 +143,16 @@ mod tests {
         child.wait().unwrap();
         assert!(identity.open().unwrap().is_none());
         process.signal(Signal::KILL).unwrap();
+    }
+
+    #[test]
+    fn only_a_child_is_taken_for_one() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        assert_eq!(ProcessIdentity::of_child(pid).unwrap().pid, pid);
+        assert!(ProcessIdentity::of_child(1).is_err());
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

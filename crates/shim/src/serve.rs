@@ -22,7 +22,7 @@ use pod_spec::{LogLevel, RuntimeConfig};
 use rustix::fs::Mode;
 use rustix::net::sockopt::socket_acceptconn;
 use sandbox::{Host, SandboxHandle, SandboxOptions};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::timeout;
 use tracing::Level;
 use ttrpc::asynchronous::Server;
@@ -101,18 +101,18 @@ pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(
             ("sandbox_id", args.id.as_str()),
         ],
     );
-    let served = detach(&state).and_then(|()| {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .max_blocking_threads(MAX_BLOCKING_THREADS)
-            .thread_keep_alive(THREAD_KEEP_ALIVE)
-            .build()
-            .map_err(|error| ShimError::Server(error.into()))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(MAX_BLOCKING_THREADS)
+        .thread_keep_alive(THREAD_KEEP_ALIVE)
+        .build()
+        .map_err(|error| ShimError::Server(error.into()))?;
+    let served = config.and_then(|config| {
         let shim = Shim {
             args,
             bundle,
             state,
-            config: config?,
+            config,
         };
         runtime.block_on(shim.run(listener, node))
     });
@@ -166,6 +166,8 @@ struct Shim<'a> {
 
 impl Shim<'_> {
     async fn run(self, listener: UnixListener, node: &dyn Node) -> Result<(), ShimError> {
+        let signals = Signals::new().map_err(server_error)?;
+        detach(&self.state)?;
         let id = SandboxId::from(&self.args.id);
         let address =
             std::env::var(TTRPC_ADDRESS).unwrap_or_else(|_| format!("{}.ttrpc", self.args.address));
@@ -188,7 +190,6 @@ impl Shim<'_> {
             events: Arc::new(publisher.clone()),
             deadlines: parts.deadlines,
         });
-        let server_error = |error: io::Error| ShimError::Server(error.into());
         let mut server = Server::new()
             .add_listener(Listener::try_from(listener).map_err(server_error)?)
             .register_service(TaskService::new(sandbox.clone()).services());
@@ -198,7 +199,7 @@ impl Shim<'_> {
             .map_err(|error| ShimError::Server(error.into()))?;
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "serving");
 
-        ended(&sandbox).await.map_err(server_error)?;
+        signals.or_end_of(&sandbox).await;
 
         // Calls are answered when the sandbox has ended; what is answered is written before the server has stopped.
         if timeout(ANSWER_LIMIT, server.shutdown()).await.is_err() {
@@ -238,21 +239,37 @@ impl Shim<'_> {
     }
 }
 
-/// Answers when the sandbox has ended, and ends it if a signal asks for that.
-async fn ended(sandbox: &SandboxHandle) -> io::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        () = sandbox.ended() => return Ok(()),
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    tracing::info!("a signal ends the sandbox");
-    sandbox.terminate().await;
-    Ok(())
+fn server_error(error: io::Error) -> ShimError {
+    ShimError::Server(error.into())
 }
 
-/// Records each VMM that the driver starts, so that `delete` can wait for its end.
+/// The signals that end a shim. From when this is made they no longer kill it.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Answers when the sandbox has ended, and ends it if a signal asks for that.
+    async fn or_end_of(mut self, sandbox: &SandboxHandle) {
+        tokio::select! {
+            () = sandbox.ended() => return,
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+        tracing::info!("a signal ends the sandbox");
+        sandbox.terminate().await;
+    }
+}
+
+/// Records each VMM that the driver starts, so that `delete` can wait for its end. It is a child of this process.
 struct RecordingDriver {
     driver: Arc<dyn Driver>,
     state: StateDir,
@@ -268,7 +285,7 @@ impl Driver for RecordingDriver {
         let vm = self.driver.launch(spec).await?;
         let recorded = i32::try_from(vm.processes().vmm)
             .map_err(io::Error::other)
-            .and_then(ProcessIdentity::of)
+            .and_then(ProcessIdentity::of_child)
             .and_then(|process| self.state.record_vmm(process));
         if let Err(error) = recorded {
             // The VMM dies with the shim all the same.

@@ -1,0 +1,9 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! The shim from containerd's side, without KVM.
+
+#[cfg(test)]
+mod process;
+#[cfg(test)]
+mod support;
