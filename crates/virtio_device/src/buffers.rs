@@ -16,9 +16,11 @@ pub struct Segment {
     pub len: u32,
 }
 
-/// Guest buffers that read as one byte sequence, whatever their borders (virtio v1.3 §2.7.4.1: no assumption on framing).
+/// Guest buffers that read as one byte sequence, whatever their borders (virtio v1.3 §2.7.4.1: no
+/// assumption on framing).
 ///
-/// Invariant: the lengths add up to `len` without overflow; segments were inside guest memory when the chain was taken.
+/// Invariant: the lengths add up to `len` without overflow; segments were inside guest memory when
+/// the chain was taken.
 #[derive(Clone, Debug, Default)]
 pub struct Buffers {
     segments: Vec<Segment>,

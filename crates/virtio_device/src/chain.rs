@@ -47,7 +47,8 @@ impl Chain {
 
     /// Replaces the content with the chain at `head`.
     ///
-    /// Walks at most `queue_size` descriptors in all (virtio v1.3 §2.7.5.3.1), so a loop ends as [`ChainFault::TooLong`].
+    /// Walks at most `queue_size` descriptors in all (virtio v1.3 §2.7.5.3.1), so a loop ends as
+    /// [`ChainFault::TooLong`].
     pub(crate) fn load<M: GuestMemory>(
         &mut self,
         mem: &M,

@@ -17,8 +17,8 @@ impl<T: GuestAddressSpace + Send + Sync + 'static> GuestSpace for T {}
 
 /// One virtio device, as its transport drives it.
 ///
-/// Caller: the transport, one call at a time (it holds the device behind a lock); on vCPU threads for what a guest
-/// register access causes, on the control thread for save, restore and metrics.
+/// Caller: the transport, one call at a time (it holds the device behind a lock); on vCPU threads
+/// for what a guest register access causes, on the control thread for save, restore and metrics.
 ///
 /// Order:
 /// ```text
@@ -28,9 +28,9 @@ impl<T: GuestAddressSpace + Send + Sync + 'static> GuestSpace for T {}
 ///             ^  │
 ///   restore ──┘  └─ features, queue_sizes, config, save: in any state
 /// ```
-/// `activate` is called once per DRIVER_OK; the transport pauses and drops all workers before `reset` or a second
-/// `activate`. `restore` comes before the first `activate` of a new device. To resume a restored device the
-/// transport calls `activate` with the saved [`QueueState`]s.
+/// `activate` is called once per DRIVER_OK; the transport pauses and drops all workers before
+/// `reset` or a second `activate`. `restore` comes before the first `activate` of a new device. To
+/// resume a restored device the transport calls `activate` with the saved [`QueueState`]s.
 ///
 /// Failure: only `activate` and `restore` fail; the device is then as before the call, and the transport sets
 /// DEVICE_NEEDS_RESET or refuses the snapshot. Nothing here blocks on the guest.
@@ -65,7 +65,8 @@ pub trait VirtioDevice<S: GuestSpace>: Send {
     /// Takes over a saved state.
     ///
     /// # Errors
-    /// The state is another device's, of an unknown version, or holds values this device could not have saved.
+    /// The state is another device's, of an unknown version, or holds values this device could not
+    /// have saved.
     fn restore(&mut self, state: &DeviceState) -> Result<(), DeviceError>;
 
     /// Name and value of each counter since the device was made.

@@ -92,7 +92,8 @@ pub enum ChainFault {
     OutsideMemory,
     /// The buffers together exceed the device's cap.
     TooManyBytes,
-    /// An indirect table that was not negotiated, is nested, is followed by more, or has a bad length (§2.7.5.3.1).
+    /// An indirect table that was not negotiated, is nested, is followed by more, or has a bad
+    /// length (§2.7.5.3.1).
     BadIndirect,
     /// A device-readable buffer comes after a device-writable one (§2.7.4.2).
     BadOrder,

@@ -27,8 +27,9 @@ pub enum Direction {
 
 /// A range of guest buffers, as system calls take it.
 ///
-/// Invariant: each iovec lies within guest memory that is borrowed for `'m`, so the mapping outlives it. What is in that memory
-/// may change at any time (the guest runs): nothing here turns it into a reference.
+/// Invariant: each iovec lies within guest memory that is borrowed for `'m`, so the mapping
+/// outlives it. What is in that memory may change at any time (the guest runs): nothing here turns
+/// it into a reference.
 pub struct IoSlices<'m> {
     iovecs: Vec<libc::iovec>,
     direction: Direction,
@@ -41,7 +42,8 @@ const IOV_MAX: usize = 1024;
 impl<'m> IoSlices<'m> {
     /// `len` bytes of `buffers` from `offset`, cut off at their end.
     ///
-    /// Pages about to be written are marked dirty now; a snapshot is taken only while workers are paused, so none is missed.
+    /// Pages about to be written are marked dirty now; a snapshot is taken only while workers are
+    /// paused, so none is missed.
     ///
     /// # Errors
     /// [`DeviceError::Memory`] if guest memory has gone.
@@ -181,7 +183,8 @@ impl<'m> IoSlices<'m> {
         let mut done = 0usize;
         for iovec in &mut self.iovecs {
             let step = left.min(iovec.iov_len);
-            // SAFETY: `step` is at most the length, so the pointer stays within, or one past, the same guest slice.
+            // SAFETY: `step` is at most the length, so the pointer stays within, or one past, the
+            // same guest slice.
             iovec.iov_base = unsafe { iovec.iov_base.byte_add(step) };
             iovec.iov_len = iovec.iov_len.saturating_sub(step);
             left = left.saturating_sub(step);

@@ -11,15 +11,17 @@
 //!     config space, features, save          queues, descriptors of its own
 //!            └───── Arc<shared state> ──────────┘
 //! ```
-//! [`VirtioDevice`] answers the transport: identity, features, configuration space, state. It never touches a ring.
-//! [`Worker`] is what activation makes: it owns queues and serves them on whichever thread runs it. A worker is moved to
-//! that thread, is only ever called from there, and is taken back to pause or reset. What both halves need (the balloon's
-//! target, the console's ring buffer, counters) they share behind an `Arc`.
+//! [`VirtioDevice`] answers the transport: identity, features, configuration space, state. It never
+//! touches a ring. [`Worker`] is what activation makes: it owns queues and serves them on whichever
+//! thread runs it. A worker is moved to that thread, is only ever called from there, and is taken
+//! back to pause or reset. What both halves need (the balloon's target, the console's ring buffer,
+//! counters) they share behind an `Arc`.
 //!
 //! # What a guest can and cannot do
-//! Everything in guest memory is hostile. A queue whose rings or chains break the rules makes [`Worker::handle`] fail: the
-//! transport then sets `DEVICE_NEEDS_RESET` (virtio v1.3 §2.1.2) and drops the worker. One wake does at most
-//! [`MAX_CHAINS_PER_WAKE`] chains and about [`MAX_BYTES_PER_WAKE`] bytes; then the worker says [`Progress::More`] and others get their turn.
+//! Everything in guest memory is hostile. A queue whose rings or chains break the rules makes
+//! [`Worker::handle`] fail: the transport then sets `DEVICE_NEEDS_RESET` (virtio v1.3 §2.1.2) and
+//! drops the worker. One wake does at most [`MAX_CHAINS_PER_WAKE`] chains and about
+//! [`MAX_BYTES_PER_WAKE`] bytes; then the worker says [`Progress::More`] and others get their turn.
 //!
 //! # Memory
 //! Devices are generic over [`GuestSpace`], so that tests, fuzz targets and checkers bring their own.

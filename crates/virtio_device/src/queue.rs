@@ -13,8 +13,8 @@ use vm_memory::{GuestAddress, GuestMemory};
 use crate::chain::ChainRules;
 use crate::{Chain, DeviceError, Interrupt, Progress};
 
-/// Largest queue any device offers; also bounds the descriptors of a chain, so that its buffers fit one `preadv`
-/// (the kernel's `IOV_MAX`).
+/// Largest queue any device offers; also bounds the descriptors of a chain, so that its buffers fit
+/// one `preadv` (the kernel's `IOV_MAX`).
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 
 /// Chains that one call of [`Queue::serve`] handles before others get their turn.
@@ -25,7 +25,8 @@ pub const MAX_BYTES_PER_WAKE: u64 = 8 << 20;
 
 /// A queue's registers and position: what the driver sets up, what is saved, what activation starts from.
 ///
-/// The transport writes the fields as the driver writes its registers; nothing is checked until [`Queue::new`].
+/// The transport writes the fields as the driver writes its registers; nothing is checked until
+/// [`Queue::new`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueState {
     /// Entries; a power of two, at most what the device offered.
@@ -46,8 +47,9 @@ pub struct QueueState {
 
 /// A validated, live queue.
 ///
-/// Invariants: the size is a power of two up to [`MAX_QUEUE_SIZE`], and the rings were inside guest memory at
-/// creation; later accesses are checked again. An error from any method is final: the queue must not be used again.
+/// Invariants: the size is a power of two up to [`MAX_QUEUE_SIZE`], and the rings were inside guest
+/// memory at creation; later accesses are checked again. An error from any method is final: the
+/// queue must not be used again.
 pub struct Queue {
     index: u16,
     ring: Ring,
@@ -197,7 +199,8 @@ impl Queue {
         Ok(self.available(mem)? != 0)
     }
 
-    /// How many chains are waiting, as the driver says it; more than the queue's size is a lie that `pop` will find.
+    /// How many chains are waiting, as the driver says it; more than the queue's size is a lie that
+    /// `pop` will find.
     ///
     /// # Errors
     /// The available ring has left memory.
@@ -209,11 +212,11 @@ impl Queue {
         Ok(index.0.wrapping_sub(self.ring.next_avail()))
     }
 
-    /// Takes chains, lets `request` do each, and gives it back with the number of bytes written that `request`
-    /// returns; interrupts once at the end. Stops at the caps per wake.
+    /// Takes chains, lets `request` do each, and gives it back with the number of bytes written
+    /// that `request` returns; interrupts once at the end. Stops at the caps per wake.
     ///
-    /// For queues whose chains are requests of the driver. A device that waits for something to put into a chain uses
-    /// `pop` and `complete` itself.
+    /// For queues whose chains are requests of the driver. A device that waits for something to put
+    /// into a chain uses `pop` and `complete` itself.
     ///
     /// # Errors
     /// The ring or a chain breaks the rules, or `request` fails.

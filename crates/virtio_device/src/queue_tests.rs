@@ -94,8 +94,9 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    /// Model: a FIFO. Every chain comes back once, in order, with what the device wrote, wherever the 16-bit indexes
-    /// wrap and however buffers are framed; interrupts come exactly when §2.7.7 asks for them.
+    /// Model: a FIFO. Every chain comes back once, in order, with what the device wrote, wherever
+    /// the 16-bit indexes wrap and however buffers are framed; interrupts come exactly when §2.7.7
+    /// asks for them.
     #[test]
     fn honest_driver_gets_every_chain_back_in_order(
         steps in prop::collection::vec(step(), 1..60),
@@ -138,7 +139,8 @@ proptest! {
                     let expected: Vec<_> = offered.iter().map(|(head, data, ..)| (*head, data.clone())).collect();
                     prop_assert_eq!(&served, &expected);
                     let wanted = if event_idx {
-                        // The driver asked for an interrupt with entry `seen`: it comes with the first batch that has it.
+                        // The driver asked for an interrupt with entry `seen`: it comes with the
+                        // first batch that has it.
                         !served.is_empty() && finished.is_empty()
                     } else {
                         !served.is_empty()

@@ -22,23 +22,27 @@ pub enum Event {
 pub enum Progress {
     /// Nothing left: the next kick will wake it.
     Idle,
-    /// The cap per wake was reached: call `handle` with the same event again, after the other workers had their turn.
+    /// The cap per wake was reached: call `handle` with the same event again, after the other
+    /// workers had their turn.
     More,
 }
 
 /// Serves some queues of an activated device.
 ///
-/// Caller: one I/O thread's event loop, never two threads at once. The loop watches the kick descriptor of each queue in
-/// [`Worker::queues`] and each descriptor in [`Worker::sources`] for input, level-triggered, and removes them before it drops the worker.
+/// Caller: one I/O thread's event loop, never two threads at once. The loop watches the kick
+/// descriptor of each queue in [`Worker::queues`] and each descriptor in [`Worker::sources`] for
+/// input, level-triggered, and removes them before it drops the worker.
 ///
-/// Order: `handle` for every queue once at the start and after each pause (a kick may have come earlier), then as
-/// events arrive. Spurious events are harmless. `pause` at any time between two calls of `handle`; a later `handle` resumes.
+/// Order: `handle` for every queue once at the start and after each pause (a kick may have come
+/// earlier), then as events arrive. Spurious events are harmless. `pause` at any time between two
+/// calls of `handle`; a later `handle` resumes.
 ///
-/// Stopping: `pause` then drop. All work in flight belongs to the worker and is finished or put back by `pause`;
-/// after it, no guest memory is touched until the next `handle`.
+/// Stopping: `pause` then drop. All work in flight belongs to the worker and is finished or put
+/// back by `pause`; after it, no guest memory is touched until the next `handle`.
 ///
-/// Failure: an error from `handle` is final. The caller sets DEVICE_NEEDS_RESET (virtio v1.3 §2.1.2), sends the
-/// configuration change interrupt and stops calling the worker until the driver resets the device.
+/// Failure: an error from `handle` is final. The caller sets DEVICE_NEEDS_RESET (virtio v1.3
+/// §2.1.2), sends the configuration change interrupt and stops calling the worker until the driver
+/// resets the device.
 pub trait Worker: Send {
     /// Indexes of the queues it serves; constant.
     fn queues(&self) -> &[u16];

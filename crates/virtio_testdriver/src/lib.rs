@@ -3,9 +3,10 @@
 
 //! The driver side of the virtio rings, for tests, fuzz targets and benchmarks.
 //!
-//! [`TestMemory`] is a guest's memory with room for rings and buffers, [`TestDriver`] one queue's rings in it as a driver
-//! lays them out, and [`ChainBuilder`] makes descriptor chains, good ones and hostile ones. It shares no code with
-//! the device side, so the two check each other. It trusts its caller: misuse panics.
+//! [`TestMemory`] is a guest's memory with room for rings and buffers, [`TestDriver`] one queue's
+//! rings in it as a driver lays them out, and [`ChainBuilder`] makes descriptor chains, good ones
+//! and hostile ones. It shares no code with the device side, so the two check each other. It trusts
+//! its caller: misuse panics.
 #![expect(
     clippy::expect_used,
     clippy::indexing_slicing,

@@ -48,7 +48,8 @@ impl BalloonConfig {
     }
 }
 
-/// Guest address of the page whose number is at the start of `bytes` (§5.5.6: little-endian, in units of 4096).
+/// Guest address of the page whose number is at the start of `bytes` (§5.5.6: little-endian, in
+/// units of 4096).
 ///
 /// # Errors
 /// Fewer than four bytes.

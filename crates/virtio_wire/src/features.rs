@@ -62,7 +62,8 @@ impl Features {
         Self(self.0 & !other.0)
     }
 
-    /// Bits `32 * page` to `32 * page + 31`, as the transport shows them (§4.2.2, `DeviceFeatures`); 0 for other pages.
+    /// Bits `32 * page` to `32 * page + 31`, as the transport shows them (§4.2.2,
+    /// `DeviceFeatures`); 0 for other pages.
     #[must_use]
     pub fn page(self, page: u32) -> u32 {
         let [a, b, c, d, e, f, g, h] = self.0.to_le_bytes();

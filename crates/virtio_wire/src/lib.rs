@@ -8,7 +8,8 @@
 //!
 //! Invariants:
 //! - A parser takes a byte slice, copies what it needs and never panics; too few bytes are a [`WireError`].
-//! - Enums are open: an unknown number survives parse and encode unchanged (the device decides what it means).
+//! - Enums are open: an unknown number survives parse and encode unchanged (the device decides what
+//!   it means).
 //! - All multi-byte fields are little-endian (virtio v1.3 §1.4).
 #![forbid(unsafe_code)]
 

@@ -3,8 +3,8 @@
 
 //! Traditional memory balloon (virtio v1.3 §5.5): guest memory that is not in use goes back to the host.
 //!
-//! Two ways: free page reporting, by which the guest names free pages on its own (§5.5.6.7), and the balloon proper, whose target
-//! the host sets through [`BalloonHandle`].
+//! Two ways: free page reporting, by which the guest names free pages on its own (§5.5.6.7), and
+//! the balloon proper, whose target the host sets through [`BalloonHandle`].
 //!
 //! Invariants:
 //! - Only whole pages within guest memory are released, whatever page numbers the guest sends.
@@ -26,6 +26,7 @@ pub use release::{Backing, MemoryRelease, ReleasePages};
 const QUEUE_SIZE: u16 = 64;
 /// Bytes of one inflate or deflate request: 4096 page numbers, sixteen times what Linux sends.
 const MAX_PFN_BYTES: u32 = 16 << 10;
-/// Queues shown to the driver. Reporting is queue 4 (§5.5.2); Linux up to at least 6.12 numbers only the queues it uses, which
-/// makes it 2. Both work: of the queues from 2 on, the driver enables only its reporting queue.
+/// Queues shown to the driver. Reporting is queue 4 (§5.5.2); Linux up to at least 6.12 numbers
+/// only the queues it uses, which makes it 2. Both work: of the queues from 2 on, the driver
+/// enables only its reporting queue.
 const QUEUES: usize = 5;

@@ -12,10 +12,11 @@ use crate::GuestSpace;
 
 /// Who gives pages back; the seam at which tests look on.
 ///
-/// Caller: the balloon's worker. The range is page-aligned; it may lie outside guest memory, which is an error.
+/// Caller: the balloon's worker. The range is page-aligned; it may lie outside guest memory, which
+/// is an error.
 pub trait ReleasePages: Send + Sync {
-    /// Frees the host's memory behind `len` bytes of guest memory at `addr`; what the guest reads there later is
-    /// undefined until it writes.
+    /// Frees the host's memory behind `len` bytes of guest memory at `addr`; what the guest reads
+    /// there later is undefined until it writes.
     ///
     /// # Errors
     /// The range is not guest memory, or the host refuses; part of the range may have been released.
@@ -63,8 +64,9 @@ impl<S: GuestSpace> ReleasePages for MemoryRelease<S> {
         {
             let slice = slice.map_err(|_| invalid())?;
             let guard = slice.ptr_guard_mut();
-            // SAFETY: the slice is mapped guest memory, borrowed from `memory` for this call. Nothing in this process
-            // relies on the content of guest memory, which the guest changes at will; the mapping itself stays.
+            // SAFETY: the slice is mapped guest memory, borrowed from `memory` for this call.
+            // Nothing in this process relies on the content of guest memory, which the guest
+            // changes at will; the mapping itself stays.
             if unsafe { libc::madvise(guard.as_ptr().cast(), guard.len(), advice) } != 0 {
                 return Err(io::Error::last_os_error());
             }

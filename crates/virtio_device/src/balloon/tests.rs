@@ -281,7 +281,8 @@ proptest! {
     #[test]
     fn random_page_numbers_release_only_guest_memory(numbers in prop::collection::vec(prop_oneof![0u32..2000, any::<u32>()], 0..64)) {
         let mut rig = Rig::new(2);
-        // The rings themselves may be among the pages: then the driver's requests are gone, which is its own loss.
+        // The rings themselves may be among the pages: then the driver's requests are gone, which
+        // is its own loss.
         let numbers: Vec<u32> = numbers.into_iter().filter(|number| *number > 16).collect();
         let inside = numbers.iter().filter(|number| **number < PAGES).count() as u64;
         if !numbers.is_empty() {

@@ -183,7 +183,8 @@ impl<S: GuestSpace> VirtioDevice<S> for Block {
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
-        // §5.2.4: `writeback` is the one field a driver may write, and only with CONFIG_WCE, which a read-only disk lacks.
+        // §5.2.4: `writeback` is the one field a driver may write, and only with CONFIG_WCE, which
+        // a read-only disk lacks.
         if let (CONFIG_WRITEBACK_OFFSET, [value], Access::ReadWrite) =
             (offset, data, self.shared.access)
         {

@@ -19,8 +19,9 @@ const ZERO_CHUNK: usize = 64 << 10;
 
 /// The storage behind a block device, and the seam at which tests inject errors and delays.
 ///
-/// Caller: the device's workers, from several threads at once. Ranges are within `size` and sector-aligned; the
-/// caller checks. Calls block. A failed call leaves the range undefined, and the device usable.
+/// Caller: the device's workers, from several threads at once. Ranges are within `size` and
+/// sector-aligned; the caller checks. Calls block. A failed call leaves the range undefined, and
+/// the device usable.
 pub trait DiskIo: Send + Sync {
     /// Bytes of the disk; constant.
     ///
@@ -105,7 +106,8 @@ impl FileDisk {
 
 impl DiskIo for FileDisk {
     fn size(&self) -> io::Result<u64> {
-        // The end, not the metadata: it is right for block devices too. All I/O names its offset, so the position is free.
+        // The end, not the metadata: it is right for block devices too. All I/O names its offset,
+        // so the position is free.
         (&self.file).seek(SeekFrom::End(0))
     }
 

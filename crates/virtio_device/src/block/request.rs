@@ -60,7 +60,8 @@ pub(super) fn status_offset(chain: &Chain) -> Result<u32, ChainFault> {
 
 /// Reads header and ranges once, and checks everything against `limits`.
 ///
-/// An error means that the chain cannot carry a request at all; a request that must fail is [`Request::Refused`].
+/// An error means that the chain cannot carry a request at all; a request that must fail is
+/// [`Request::Refused`].
 pub(super) fn parse<M: GuestMemory>(
     mem: &M,
     chain: &Chain,

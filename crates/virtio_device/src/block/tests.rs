@@ -126,7 +126,8 @@ impl Rig {
         ChainBuilder::new().readable(&mut self.mem, &BlkRequest { kind, sector }.to_bytes())
     }
 
-    /// Adds a status byte, runs the request, and gives status, written bytes and the content of its first writable buffer.
+    /// Adds a status byte, runs the request, and gives status, written bytes and the content of its
+    /// first writable buffer.
     fn run(&mut self, chain: ChainBuilder) -> (RequestStatus, u32, Vec<u8>) {
         let chain = chain.writable(&mut self.mem, 1);
         let status = chain.buffers().last().unwrap().addr;

@@ -16,7 +16,8 @@ use crate::{
     Progress, Queue, QueueState, Worker,
 };
 
-/// Serves one request queue. Nothing is in flight between two calls of `handle`: each request ends before the next starts.
+/// Serves one request queue. Nothing is in flight between two calls of `handle`: each request ends
+/// before the next starts.
 pub(super) struct BlockWorker<S> {
     executor: Executor,
     indexes: [u16; 1],

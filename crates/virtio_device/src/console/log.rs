@@ -31,7 +31,8 @@ impl LogFile {
         }
     }
 
-    /// Writes what fits, and once a note that it was all; returns the bytes dropped. The worker is the only caller.
+    /// Writes what fits, and once a note that it was all; returns the bytes dropped. The worker is
+    /// the only caller.
     fn append(&self, bytes: &[u8]) -> usize {
         let room = self.room.load(Ordering::Relaxed);
         if room == 0 {

@@ -3,11 +3,13 @@
 
 //! Console device (virtio v1.3 §5.3), one port.
 //!
-//! What the guest prints goes to [`ConsoleLog`]: the last [`TAIL_BYTES`] in memory (they end up in the error of a pod that died) and,
-//! if the VMM has one, a file with a cap. Input comes from [`ConsoleInput`]; nobody writes there unless a debugging command does.
+//! What the guest prints goes to [`ConsoleLog`]: the last [`TAIL_BYTES`] in memory (they end up in
+//! the error of a pod that died) and, if the VMM has one, a file with a cap. Input comes from
+//! [`ConsoleInput`]; nobody writes there unless a debugging command does.
 //!
 //! Invariants:
-//! - Memory and file are bounded, whatever the guest prints; output is never refused, so a guest never blocks on it.
+//! - Memory and file are bounded, whatever the guest prints; output is never refused, so a guest
+//!   never blocks on it.
 //! - A log file that fails costs the file, not the console.
 
 mod device;

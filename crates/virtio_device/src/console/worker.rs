@@ -119,7 +119,8 @@ impl<S: GuestSpace> ConsoleWorker<S> {
     }
 }
 
-/// Takes the next receive buffer; with none, kicks are on when this returns false, so that the next buffer wakes the worker.
+/// Takes the next receive buffer; with none, kicks are on when this returns false, so that the next
+/// buffer wakes the worker.
 fn next_buffer<M: GuestMemory>(
     queue: &mut Queue,
     mem: &M,

@@ -4,9 +4,10 @@
 //! Entropy device (virtio v1.3 §5.4): the host kernel's random numbers.
 //!
 //! Invariants:
-//! - One request gets at most [`MAX_REQUEST_BYTES`], however large its buffers are (§5.4.6.2 lets the device give fewer).
-//! - The device keeps no random bytes: each come from the host's kernel when asked for, so two pods started from one snapshot
-//!   differ.
+//! - One request gets at most [`MAX_REQUEST_BYTES`], however large its buffers are (§5.4.6.2 lets
+//!   the device give fewer).
+//! - The device keeps no random bytes: each come from the host's kernel when asked for, so two pods
+//!   started from one snapshot differ.
 
 mod device;
 mod metrics;
