@@ -3,6 +3,7 @@
 
 //! Queue and chain against the test driver: a model of honest use, and every way to break the rules.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -11,6 +12,9 @@ use virtio_testdriver::{
     ChainBuilder, DESC_INDIRECT, DESC_NEXT, DESC_WRITE, TestDriver, TestMemory,
 };
 use virtio_wire::Features;
+use vm_memory::bitmap::BS;
+use vm_memory::guest_memory::GuestMemorySliceIterator;
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 
 use crate::testing::{TestInterrupt, queue_state};
 use crate::{
@@ -511,4 +515,51 @@ fn queue_made_from_saved_state_goes_on_where_the_old_one_stopped() {
     rig.queue = Queue::new(0, &state, Features::COMMON, MAX_BYTES, &*rig.mem.space()).unwrap();
     assert!(rig.pop().unwrap());
     assert_eq!(rig.chain.head(), second);
+}
+
+/// Memory in which another vCPU flips the available index between 0 and 1, right before each read.
+struct Flipping {
+    inner: Arc<GuestMemoryMmap>,
+    index_at: GuestAddress,
+    reads: Cell<u16>,
+}
+
+impl GuestMemory for Flipping {
+    type PhysicalMemory = GuestMemoryMmap;
+    type Bitmap = ();
+
+    fn check_range(&self, addr: GuestAddress, count: usize, access: Permissions) -> bool {
+        GuestMemory::check_range(&*self.inner, addr, count, access)
+    }
+
+    fn get_slices<'a>(
+        &'a self,
+        addr: GuestAddress,
+        count: usize,
+        access: Permissions,
+    ) -> vm_memory::guest_memory::Result<impl GuestMemorySliceIterator<'a, BS<'a, ()>>> {
+        if addr == self.index_at && access == Permissions::Read {
+            self.inner.write_obj(self.reads.get() % 2, addr).unwrap();
+            self.reads.set(self.reads.get().wrapping_add(1));
+        }
+        GuestMemory::get_slices(&*self.inner, addr, count, access)
+    }
+}
+
+#[test]
+fn index_that_flips_while_it_is_read_does_not_hold_the_worker() {
+    let mut rig = rig();
+    let index_at = GuestAddress(rig.driver.rings().avail_ring + 2);
+    let inner = rig.mem.space();
+    let mem = Flipping {
+        inner,
+        index_at,
+        reads: Cell::new(0),
+    };
+    let served = |_: &Chain| panic!("no chain is there when the queue looks");
+    let progress = rig
+        .queue
+        .serve(&mem, &*rig.interrupt, &mut rig.chain, served);
+    assert_eq!(progress.unwrap(), Progress::More);
+    assert_eq!(u32::from(mem.reads.get()), 2 * MAX_CHAINS_PER_WAKE);
 }

@@ -3,9 +3,9 @@
 
 //! The bodies of all fuzz targets: each takes bytes and panics if an invariant breaks.
 //!
-//! The same bodies run under libFuzzer (`cargo +nightly fuzz run <name>`) and, on seeds and on seeded random input, as
-//! a plain test (`cargo test -p fuzz_smoke`). A target is a function of its bytes alone: no clock, no randomness,
-//! nothing left over from the run before.
+//! The same bodies run under libFuzzer (`cargo +nightly fuzz run <name>`) and, on seeds and on
+//! seeded random input, as a plain test (`cargo test -p fuzz_smoke`). A target is a function of its
+//! bytes alone: no clock, no randomness, nothing left over from the run before.
 #![expect(
     clippy::expect_used,
     clippy::panic,
