@@ -1,8 +1,26 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! Host end of the guest agent: handshake, calls, stdio streams and events.
+//! Host end of the guest agent: handshake, calls, events and stdio streams.
+//!
+//! ```text
+//! guest dials ──AgentClient::handshake──> AgentClient ── calls, each with a deadline
+//!                                          └ EventReader ── long polls, ordered and without gaps
+//! HostStdio::open (containerd's FIFOs) ──connect──> pumps; seen and steered through Streams
+//! ```
+//!
+//! The guest is hostile: every answer has a cap before it is decoded, every text of the guest's is cut and made printable,
+//! and no call waits longer than its deadline. One slow reader of one FIFO stops one stream: streams are connections of
+//! their own, moved by splice(2) without a thread or a buffer of their own.
 
+mod client;
+mod error;
+mod events;
 mod stdio;
+#[cfg(test)]
+mod tests;
 
-pub use stdio::{StdioPaths, TerminalSize};
+pub use client::{AgentClient, CallDeadlines};
+pub use error::{AgentCode, AgentError};
+pub use events::{AgentEvent, EventReader};
+pub use stdio::{HostStdio, StdioError, StdioPaths, StreamConnector, Streams, TerminalSize};

@@ -1,0 +1,216 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! Opens containerd's ends. Never waits for a peer, and never blocks later because one has gone away.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use agent_proto::{ProcessKey, STDIO_PORT, StreamHeader, StreamKind, api};
+use rustix::fs::{FileType, Mode, OFlags, fstat, open};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+
+use super::pump::{self, Sink};
+use super::streams::{FlowGuard, Streams};
+use super::{StdioPaths, StreamConnector, TerminalSize};
+use crate::client::AgentClient;
+
+/// Why a stream cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum StdioError {
+    /// The URI's scheme is not known here.
+    #[error("stdio {uri:?} cannot be served: use a FIFO's path or a file:// URI")]
+    Scheme {
+        /// The URI.
+        uri: String,
+    },
+    /// stdin must be a FIFO, so that it can be waited for.
+    #[error("stdin {} is no FIFO", path.display())]
+    NotFifo {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A file cannot be opened.
+    #[error("open stdio {}", path.display())]
+    Open {
+        /// The path.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The guest did not take a stream's connection.
+    #[error("connect {kind:?} to the guest")]
+    Connect {
+        /// Which stream.
+        kind: StreamKind,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// containerd's ends of a process's streams, before they are connected. Dropping it closes them.
+pub struct HostStdio {
+    terminal: bool,
+    stdin: Option<OwnedFd>,
+    outputs: Vec<(StreamKind, Sink, FlowGuard)>,
+    streams: Arc<Streams>,
+}
+
+impl HostStdio {
+    /// Opens what `paths` name.
+    ///
+    /// * Output FIFOs are opened for reading too, which makes the open return at once and keeps the FIFO alive while
+    ///   containerd restarts: no EPIPE for us, no end of file for the next reader.
+    /// * Stdin's FIFO gets a writer of ours, so that it does not end with the first client that detaches.
+    ///
+    /// # Errors
+    /// Any [`StdioError`] but [`StdioError::Connect`].
+    pub fn open(paths: &StdioPaths) -> Result<Self, StdioError> {
+        let (stdin, hold) = match paths.stdin.as_str() {
+            "" => (None, None),
+            uri => {
+                let path = host_path(uri)?;
+                let read = open_at(&path, OFlags::RDONLY)?;
+                if !is_fifo(&read, &path)? {
+                    return Err(StdioError::NotFifo { path });
+                }
+                let hold = open_at(&path, OFlags::WRONLY)?;
+                (Some(read), Some(hold))
+            }
+        };
+        let mut named = vec![(StreamKind::Stdout, paths.stdout.as_str())];
+        if !paths.terminal {
+            named.push((StreamKind::Stderr, paths.stderr.as_str()));
+        }
+        named.retain(|(_, uri)| !uri.is_empty());
+        let kinds = named.iter().map(|(kind, _)| *kind);
+        let streams = Arc::new(Streams::new(stdin.is_some(), hold, kinds));
+        let outputs = named
+            .into_iter()
+            .map(|(kind, uri)| Ok((kind, open_sink(uri)?, FlowGuard::new(&streams, kind))))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            terminal: paths.terminal,
+            stdin,
+            outputs,
+            streams,
+        })
+    }
+
+    /// The handle by which the streams are seen and steered, now and later.
+    pub fn streams(&self) -> Arc<Streams> {
+        Arc::clone(&self.streams)
+    }
+
+    /// What the guest is to make of it; `size` is the terminal's.
+    pub fn wanted(&self, size: TerminalSize) -> api::Stdio {
+        let has = |kind| self.outputs.iter().any(|(have, ..)| *have == kind);
+        api::Stdio {
+            terminal: self.terminal,
+            stdin: self.stdin.is_some(),
+            stdout: has(StreamKind::Stdout),
+            stderr: has(StreamKind::Stderr),
+            columns: size.columns,
+            rows: size.rows,
+            ..Default::default()
+        }
+    }
+
+    /// Connects every stream of a process that exists in the guest, and starts to pump.
+    ///
+    /// # Errors
+    /// [`StdioError::Connect`]; everything is closed then.
+    pub async fn connect(
+        self,
+        process: &ProcessKey,
+        connector: &dyn StreamConnector,
+        client: &Arc<AgentClient>,
+    ) -> Result<(), StdioError> {
+        let streams = self.streams;
+        for (kind, sink, flow) in self.outputs {
+            let socket = connect_one(process, kind, connector).await?;
+            let task = tokio::spawn(pump::output(socket, sink, flow));
+            streams.own(task.abort_handle());
+        }
+        if let Some(fifo) = self.stdin {
+            let socket = connect_one(process, StreamKind::Stdin, connector).await?;
+            let passed = streams.stdin_counter();
+            let pump = pump::input(fifo, socket, passed, process.clone(), Arc::clone(client));
+            let task = tokio::spawn(pump);
+            streams.own(task.abort_handle());
+        }
+        Ok(())
+    }
+}
+
+async fn connect_one(
+    process: &ProcessKey,
+    kind: StreamKind,
+    connector: &dyn StreamConnector,
+) -> Result<UnixStream, StdioError> {
+    let failed = |source| StdioError::Connect { kind, source };
+    let header = StreamHeader {
+        process: process.clone(),
+        kind,
+    };
+    let mut socket = connector.connect(STDIO_PORT).await.map_err(failed)?;
+    socket.write_all(&header.encode()).await.map_err(failed)?;
+    Ok(socket)
+}
+
+fn host_path(uri: &str) -> Result<PathBuf, StdioError> {
+    let path = match uri.split_once("://") {
+        None => uri,
+        Some(("file" | "fifo", path)) => path,
+        Some(_) => "",
+    };
+    if !path.starts_with('/') {
+        let uri = uri.to_owned();
+        return Err(StdioError::Scheme { uri });
+    }
+    Ok(PathBuf::from(path))
+}
+
+fn open_sink(uri: &str) -> Result<Sink, StdioError> {
+    let path = host_path(uri)?;
+    if uri.starts_with("file://") {
+        let file = open_file(&path)?;
+        return Ok(Sink::File(file.into()));
+    }
+    let fd = open_at(&path, OFlags::RDWR)?;
+    if is_fifo(&fd, &path)? {
+        return Ok(Sink::Fifo(fd));
+    }
+    let file = open_file(&path)?;
+    Ok(Sink::File(file.into()))
+}
+
+fn open_file(path: &Path) -> Result<std::fs::File, StdioError> {
+    let opened = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(path);
+    opened.map_err(|source| StdioError::Open {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn open_at(path: &Path, access: OFlags) -> Result<OwnedFd, StdioError> {
+    let flags = access | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+    open(path, flags, Mode::empty()).map_err(|error| StdioError::Open {
+        path: path.to_owned(),
+        source: error.into(),
+    })
+}
+
+fn is_fifo(fd: &OwnedFd, path: &Path) -> Result<bool, StdioError> {
+    let stat = fstat(fd).map_err(|error| StdioError::Open {
+        path: path.to_owned(),
+        source: error.into(),
+    })?;
+    Ok(FileType::from_raw_mode(stat.st_mode) == FileType::Fifo)
+}

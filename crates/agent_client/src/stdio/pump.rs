@@ -1,0 +1,135 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! The pumps: one task for each stream, which owns both of its ends.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use agent_proto::{ProcessKey, api};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::net::UnixStream;
+
+use super::fifo::{splice, watch};
+use super::streams::FlowGuard;
+use crate::client::AgentClient;
+
+/// The buffer of a stream that cannot be spliced, in bytes.
+const BUFFER_LEN: usize = 64 << 10;
+
+/// Where output goes on the host.
+pub(super) enum Sink {
+    /// A FIFO, open for reading and writing, non-blocking.
+    Fifo(OwnedFd),
+    /// Any other file, appended to.
+    File(tokio::fs::File),
+}
+
+/// Passes on a process's output until as much has come as the guest announced, or the connection ends. The FIFO is closed
+/// with the return.
+pub(super) async fn output(socket: UnixStream, sink: Sink, mut flow: FlowGuard) {
+    let result = match sink {
+        Sink::Fifo(fifo) => to_fifo(socket, fifo, &mut flow).await,
+        Sink::File(file) => to_file(socket, file, &mut flow).await,
+    };
+    if let Err(error) = result {
+        tracing::warn!(kind = ?flow.kind(), %error, "an output stream broke off");
+    }
+}
+
+async fn to_fifo(socket: UnixStream, fifo: OwnedFd, flow: &mut FlowGuard) -> io::Result<()> {
+    let socket = watch(socket.into_std()?.into(), Interest::READABLE)?;
+    let fifo = watch(fifo, Interest::WRITABLE)?;
+    while !flow.is_complete() {
+        let moved = tokio::select! {
+            moved = splice(&socket, &fifo) => moved?,
+            () = flow.announced() => continue,
+        };
+        if moved == 0 {
+            break;
+        }
+        flow.count(moved);
+    }
+    Ok(())
+}
+
+async fn to_file(
+    mut socket: UnixStream,
+    mut file: tokio::fs::File,
+    flow: &mut FlowGuard,
+) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER_LEN];
+    while !flow.is_complete() {
+        let len = tokio::select! {
+            len = socket.read(&mut buffer) => len?,
+            () = flow.announced() => continue,
+        };
+        let Some(bytes) = buffer.get(..len).filter(|bytes| !bytes.is_empty()) else {
+            break;
+        };
+        file.write_all(bytes).await?;
+        flow.count(len);
+    }
+    file.flush().await
+}
+
+/// Passes on stdin until its FIFO has no writer any more, then tells the guest how much there was. The connection stays
+/// open until the task is aborted: what is still under way in it must not be cut off.
+pub(super) async fn input(
+    fifo: OwnedFd,
+    socket: UnixStream,
+    passed: Arc<AtomicU64>,
+    process: ProcessKey,
+    client: Arc<AgentClient>,
+) {
+    match from_fifo(fifo, socket, &passed).await {
+        Ok(_socket) => {
+            let request = api::CloseStdinRequest {
+                process: Some(process_ref(&process)).into(),
+                bytes: passed.load(Ordering::Relaxed),
+                ..Default::default()
+            };
+            if let Err(error) = client.close_stdin(&request).await {
+                // The process has mostly ended by then.
+                tracing::debug!(%error, "stdin was not closed in the guest");
+            }
+            std::future::pending::<()>().await;
+        }
+        // The process closed its end: nothing is read any more, and the writer gets EPIPE.
+        Err(error) => tracing::debug!(%error, "stdin broke off"),
+    }
+}
+
+async fn from_fifo(
+    fifo: OwnedFd,
+    socket: UnixStream,
+    passed: &AtomicU64,
+) -> io::Result<AsyncFd<OwnedFd>> {
+    let fifo = watch(fifo, Interest::READABLE)?;
+    let socket = watch(socket.into_std()?.into(), Interest::WRITABLE)?;
+    loop {
+        let moved = splice(&fifo, &socket).await?;
+        if moved == 0 {
+            return Ok(socket);
+        }
+        let moved = u64::try_from(moved).unwrap_or(u64::MAX);
+        passed.fetch_add(moved, Ordering::Relaxed);
+    }
+}
+
+/// The wire form of a process's name.
+pub(super) fn process_ref(process: &ProcessKey) -> api::ProcessRef {
+    api::ProcessRef {
+        container_id: process.container.to_string(),
+        exec_id: process
+            .exec
+            .as_ref()
+            .map(ToString::to_string)
+            .unwrap_or_default(),
+        generation: process.generation.0,
+        ..Default::default()
+    }
+}

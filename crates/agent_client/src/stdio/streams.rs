@@ -1,0 +1,199 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! What is known of a process's streams, shared between their pumps and the sandbox.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use agent_proto::StreamKind;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+
+/// Sees and steers a process's streams, before, while and after they are pumped. Dropping it stops the pumps.
+pub struct Streams {
+    stdin: bool,
+    /// Our writer of stdin's FIFO, until CloseIO.
+    hold: Mutex<Option<OwnedFd>>,
+    stdin_passed: Arc<AtomicU64>,
+    outputs: Vec<Arc<Flow>>,
+    pumps: Mutex<Vec<AbortHandle>>,
+}
+
+/// One output stream.
+struct Flow {
+    kind: StreamKind,
+    passed: AtomicU64,
+    /// How long the guest says it is, once it has ended there.
+    end: watch::Sender<Option<u64>>,
+    /// Nothing more will be passed on.
+    done: watch::Sender<bool>,
+}
+
+impl Streams {
+    pub(super) fn new(
+        stdin: bool,
+        hold: Option<OwnedFd>,
+        outputs: impl Iterator<Item = StreamKind>,
+    ) -> Self {
+        let flow = |kind| {
+            Arc::new(Flow {
+                kind,
+                passed: AtomicU64::new(0),
+                end: watch::Sender::new(None),
+                done: watch::Sender::new(false),
+            })
+        };
+        Self {
+            stdin,
+            hold: Mutex::new(hold),
+            stdin_passed: Arc::default(),
+            outputs: outputs.map(flow).collect(),
+            pumps: Mutex::default(),
+        }
+    }
+
+    /// Lets go of our hold on stdin. It ends once every other writer of its FIFO has closed too.
+    pub fn close_stdin(&self) {
+        let hold = self
+            .hold
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        drop(hold);
+    }
+
+    /// The guest has sent all of an output stream: `bytes`.
+    pub fn ended(&self, kind: StreamKind, bytes: u64) {
+        if let Some(flow) = self.flow(kind) {
+            // The first word counts: a second one could only cut off or hang what is under way.
+            flow.end.send_if_modified(|end| {
+                let first = end.is_none();
+                end.get_or_insert(bytes);
+                first
+            });
+        }
+    }
+
+    /// Waits until nothing more of the process's output will be passed on, and its FIFOs are closed. A reader that does
+    /// not read makes this wait for ever: bound it.
+    pub async fn drained(&self) {
+        for flow in &self.outputs {
+            // An error would mean that the sender is gone, and it is in `flow`.
+            let mut done = flow.done.subscribe();
+            let _always = done.wait_for(|done| *done).await;
+        }
+    }
+
+    /// Stops every pump and closes its ends, whatever is still under way.
+    pub fn cancel(&self) {
+        self.close_stdin();
+        let pumps = std::mem::take(&mut *self.pumps.lock().unwrap_or_else(PoisonError::into_inner));
+        for pump in pumps {
+            pump.abort();
+        }
+    }
+
+    /// Bytes passed on, bytes announced, and what is still open, as JSON for people.
+    pub fn dump(&self) -> Value {
+        let mut streams = serde_json::Map::new();
+        if self.stdin {
+            let hold = self.hold.lock().unwrap_or_else(PoisonError::into_inner);
+            let stdin = json!({ "bytes": self.stdin_passed.load(Ordering::Relaxed), "held": hold.is_some() });
+            streams.insert("stdin".to_owned(), stdin);
+        }
+        for flow in &self.outputs {
+            let name = match flow.kind {
+                StreamKind::Stdin => "stdin",
+                StreamKind::Stdout => "stdout",
+                StreamKind::Stderr => "stderr",
+            };
+            let output = json!({
+                "bytes": flow.passed.load(Ordering::Relaxed),
+                "announced": *flow.end.borrow(),
+                "done": *flow.done.borrow(),
+            });
+            streams.insert(name.to_owned(), output);
+        }
+        Value::Object(streams)
+    }
+
+    pub(super) fn stdin_counter(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.stdin_passed)
+    }
+
+    pub(super) fn own(&self, pump: AbortHandle) {
+        self.pumps
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(pump);
+    }
+
+    fn flow(&self, kind: StreamKind) -> Option<&Arc<Flow>> {
+        self.outputs.iter().find(|flow| flow.kind == kind)
+    }
+}
+
+impl Drop for Streams {
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}
+
+/// A pump's side of a stream: counts, and says when it is over, however the pump ends. It does not keep the [`Streams`]
+/// alive, whose drop ends the pump.
+pub(super) struct FlowGuard {
+    flow: Arc<Flow>,
+    end: watch::Receiver<Option<u64>>,
+}
+
+impl FlowGuard {
+    /// `kind` must be one of the outputs that `streams` was made with; any other is a stream of no length.
+    pub(super) fn new(streams: &Streams, kind: StreamKind) -> Self {
+        let flow = streams.flow(kind).map_or_else(
+            || {
+                Arc::new(Flow {
+                    kind,
+                    passed: AtomicU64::new(0),
+                    end: watch::Sender::new(Some(0)),
+                    done: watch::Sender::new(false),
+                })
+            },
+            Arc::clone,
+        );
+        let end = flow.end.subscribe();
+        Self { flow, end }
+    }
+
+    pub(super) fn kind(&self) -> StreamKind {
+        self.flow.kind
+    }
+
+    pub(super) fn count(&self, moved: usize) {
+        let moved = u64::try_from(moved).unwrap_or(u64::MAX);
+        self.flow.passed.fetch_add(moved, Ordering::Relaxed);
+    }
+
+    /// Whether all that the guest announced was passed on.
+    pub(super) fn is_complete(&mut self) -> bool {
+        let passed = self.flow.passed.load(Ordering::Relaxed);
+        self.end
+            .borrow_and_update()
+            .is_some_and(|end| passed >= end)
+    }
+
+    /// Waits until the guest announces the stream's length, if it has not yet.
+    pub(super) async fn announced(&mut self) {
+        if self.end.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+impl Drop for FlowGuard {
+    fn drop(&mut self) {
+        self.flow.done.send_replace(true);
+    }
+}

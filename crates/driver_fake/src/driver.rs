@@ -1,0 +1,318 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! The fake driver and its VMs.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use agent_proto::{CONTROL_PORT, PROTOCOL_VERSION, STDIO_PORT, api, hello, service};
+use async_trait::async_trait;
+use futures::StreamExt;
+use hypervisor::{
+    AttachedDisk, Capabilities, Disk, Driver, DriverError, DriverErrorKind, RunningVm, VmExit,
+    VmProcesses, VmSpec,
+};
+use ids::{DiskSerial, VsockPort};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::agent::Service;
+use crate::guest::Guest;
+use crate::script::{Boot, Script};
+
+/// What fake VMs say is their VMM's pid. A test's own process would do as well; this one is easier to see.
+pub const FAKE_VMM_PID: u32 = 4242;
+
+/// How many disks a fake VM can have.
+const MAX_DISKS: u16 = 8;
+
+/// A driver whose VMs are tasks of the test.
+pub struct FakeDriver {
+    script: Script,
+    vms: Mutex<Vec<Arc<FakeVm>>>,
+}
+
+/// A fake VM.
+pub struct FakeVm {
+    script: Script,
+    guest: Arc<Guest>,
+    exit: watch::Sender<Option<VmExit>>,
+    dialled: Mutex<Option<UnixStream>>,
+    disks: Mutex<BTreeSet<DiskSerial>>,
+    console: Mutex<String>,
+    relay: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// A spec that the fake driver is content with.
+///
+/// # Errors
+/// If `/dev/null` cannot be opened, which stands for kernel and initramfs.
+pub fn fake_spec(sandbox: ids::SandboxId) -> io::Result<VmSpec> {
+    let null = || std::fs::File::open("/dev/null");
+    Ok(VmSpec {
+        sandbox,
+        vcpus: ids::VcpuCount::ONE,
+        memory: ids::Mib(128),
+        kernel: null()?,
+        initramfs: null()?,
+        kernel_arguments: Vec::new(),
+        disks: Vec::new(),
+        cid: ids::GuestCid::DEFAULT,
+        host_ports: vec![CONTROL_PORT],
+        console_log: None,
+    })
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn gone() -> DriverError {
+    DriverError::new(DriverErrorKind::Gone, "the fake VM has ended")
+}
+
+impl FakeDriver {
+    /// A driver that follows `script`.
+    pub fn new(script: Script) -> Arc<Self> {
+        Arc::new(Self {
+            script,
+            vms: Mutex::default(),
+        })
+    }
+
+    /// The VMs launched so far.
+    pub fn vms(&self) -> Vec<Arc<FakeVm>> {
+        lock(&self.vms).clone()
+    }
+}
+
+#[async_trait]
+impl Driver for FakeDriver {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            name: "fake",
+            max_disks: MAX_DISKS,
+            max_vcpus: 8,
+        }
+    }
+
+    async fn launch(&self, spec: VmSpec) -> Result<Arc<dyn RunningVm>, DriverError> {
+        self.script.enter("Launch", "").await;
+        let boot = self.script.how_to_boot();
+        if let Boot::LaunchFails(kind) = boot {
+            return Err(DriverError::new(kind, "the fake driver was told to fail"));
+        }
+        let disks = spec.disks.iter().map(|disk| disk.serial.clone()).collect();
+        let vm = Arc::new(FakeVm {
+            script: self.script.clone(),
+            guest: Guest::new(self.script.clone()),
+            exit: watch::Sender::new(None),
+            dialled: Mutex::default(),
+            disks: Mutex::new(disks),
+            console: Mutex::new("Linux version 6.12 (fake)\n".to_owned()),
+            relay: Mutex::default(),
+        });
+        vm.boot(boot).await.map_err(|error| {
+            DriverError::new(DriverErrorKind::Failed, "boot the fake VM").because(error)
+        })?;
+        lock(&self.vms).push(Arc::clone(&vm));
+        Ok(vm)
+    }
+}
+
+impl FakeVm {
+    async fn boot(self: &Arc<Self>, boot: Boot) -> io::Result<()> {
+        let (host, mut guest) = UnixStream::pair()?;
+        match boot {
+            Boot::Never | Boot::LaunchFails(_) => return Ok(()),
+            Boot::Panic(console) => {
+                lock(&self.console).push_str(&console);
+                self.die(VmExit::Guest);
+                return Ok(());
+            }
+            Boot::Mute => {
+                // Kept open, or the silence would be an end.
+                let relay = tokio::spawn(async move {
+                    let _guest = guest;
+                    std::future::pending::<()>().await;
+                });
+                *lock(&self.relay) = Some(relay);
+            }
+            Boot::Ready | Boot::WrongVersion => {
+                let version = match boot {
+                    Boot::Ready => PROTOCOL_VERSION,
+                    _ => PROTOCOL_VERSION.saturating_add(1),
+                };
+                guest.write_all(&hello_frame(version)?).await?;
+                self.serve(guest).await?;
+            }
+        }
+        *lock(&self.dialled) = Some(host);
+        Ok(())
+    }
+
+    /// Serves the agent behind a relay, whose end is the end of the connection.
+    async fn serve(self: &Arc<Self>, mut outer: UnixStream) -> io::Result<()> {
+        let (mut inner, served) = UnixStream::pair()?;
+        let vm = Arc::downgrade(self);
+        let service = Service {
+            guest: Arc::clone(&self.guest),
+            die: Arc::new(move |exit| {
+                if let Some(vm) = vm.upgrade() {
+                    vm.die(exit);
+                }
+            }),
+        };
+        let connections = futures::stream::once(async move { Ok::<_, io::Error>(served) })
+            .chain(futures::stream::pending());
+        let listener = ttrpc::asynchronous::transport::Listener::new(connections);
+        let mut server = ttrpc::asynchronous::Server::new()
+            .add_listener(listener)
+            .register_service(service::create_agent(Arc::new(service)));
+        server.start().await.map_err(io::Error::other)?;
+        let relay = tokio::spawn(async move {
+            let _server = server;
+            // However it ends, both connections do.
+            let _end = tokio::io::copy_bidirectional(&mut outer, &mut inner).await;
+        });
+        *lock(&self.relay) = Some(relay);
+        Ok(())
+    }
+
+    /// Ends the VM as `exit` says. Only the first end counts.
+    pub fn die(&self, exit: VmExit) {
+        self.exit.send_if_modified(|current| {
+            let first = current.is_none();
+            current.get_or_insert(exit);
+            first
+        });
+        self.guest.power_off();
+        if let Some(relay) = lock(&self.relay).take() {
+            relay.abort();
+        }
+    }
+
+    /// The serial numbers of the disks that are attached.
+    pub fn disks(&self) -> Vec<String> {
+        lock(&self.disks).iter().map(ToString::to_string).collect()
+    }
+
+    /// The size of a process's terminal, columns before rows; `exec` is empty for an init.
+    pub fn terminal_size(&self, container: &str, exec: &str) -> Option<(u32, u32)> {
+        self.guest.size(container, exec)
+    }
+
+    /// The guest tells this, true or not.
+    pub fn tell(&self, event: api::event::Event) {
+        self.guest.tell(event);
+    }
+
+    fn alive(&self) -> Result<(), DriverError> {
+        match *self.exit.borrow() {
+            None => Ok(()),
+            Some(_) => Err(gone()),
+        }
+    }
+}
+
+fn hello_frame(protocol_version: u32) -> io::Result<Vec<u8>> {
+    let said = api::Hello {
+        protocol_version,
+        agent_version: "fake".to_owned(),
+        kernel_release: "6.12.0-fake".to_owned(),
+        agent_started_ns: 1,
+        agent_ready_ns: 2,
+        ..Default::default()
+    };
+    hello::encode(&said).map_err(io::Error::other)
+}
+
+#[async_trait]
+impl RunningVm for FakeVm {
+    fn processes(&self) -> VmProcesses {
+        VmProcesses { vmm: FAKE_VMM_PID }
+    }
+
+    async fn connect(&self, port: VsockPort) -> Result<UnixStream, DriverError> {
+        self.alive()?;
+        if port != STDIO_PORT {
+            let message = format!("nobody listens on port {port}");
+            return Err(DriverError::new(DriverErrorKind::Refused, message));
+        }
+        let (host, guest_end) = UnixStream::pair()
+            .map_err(|error| DriverError::new(DriverErrorKind::Failed, "pair").because(error))?;
+        let guest = Arc::clone(&self.guest);
+        tokio::spawn(async move { guest.accept_stream(guest_end).await });
+        Ok(host)
+    }
+
+    async fn accept(&self) -> Result<(VsockPort, UnixStream), DriverError> {
+        let dialled = lock(&self.dialled).take();
+        if let Some(stream) = dialled {
+            return Ok((CONTROL_PORT, stream));
+        }
+        self.wait().await;
+        Err(gone())
+    }
+
+    async fn attach_disk(&self, disk: Disk) -> Result<AttachedDisk, DriverError> {
+        self.script.enter("AttachDisk", disk.serial.as_str()).await;
+        self.alive()?;
+        let mut disks = lock(&self.disks);
+        if disks.len() >= usize::from(MAX_DISKS) {
+            return Err(DriverError::new(
+                DriverErrorKind::Exhausted,
+                "no disk slot is free",
+            ));
+        }
+        let serial = disk.serial.clone();
+        if !disks.insert(disk.serial) {
+            let message = format!("disk {serial} is attached already");
+            return Err(DriverError::new(DriverErrorKind::Conflict, message));
+        }
+        Ok(AttachedDisk {
+            bind_device: Some(format!("virtio-mmio.{}", disks.len())),
+            serial,
+        })
+    }
+
+    async fn detach_disk(&self, serial: &DiskSerial) -> Result<(), DriverError> {
+        self.alive()?;
+        lock(&self.disks).remove(serial);
+        Ok(())
+    }
+
+    async fn wait(&self) -> VmExit {
+        let mut exit = self.exit.subscribe();
+        let ended = exit.wait_for(Option::is_some).await;
+        // The sender is here, so there is an exit.
+        ended
+            .ok()
+            .and_then(|exit| exit.clone())
+            .unwrap_or(VmExit::Killed)
+    }
+
+    async fn kill(&self) -> VmExit {
+        self.die(VmExit::Killed);
+        self.wait().await
+    }
+
+    async fn console_tail(&self) -> String {
+        lock(&self.console).clone()
+    }
+
+    async fn dump(&self) -> Result<String, DriverError> {
+        self.alive()?;
+        Ok("{\"driver\":\"fake\"}".to_owned())
+    }
+}
+
+impl Drop for FakeVm {
+    fn drop(&mut self) {
+        self.die(VmExit::Killed);
+    }
+}

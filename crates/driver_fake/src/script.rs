@@ -1,0 +1,151 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! What goes wrong, and a record of what was asked.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use hypervisor::DriverErrorKind;
+use tokio::sync::watch;
+
+/// How a VM boots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Boot {
+    /// The agent dials and says hello.
+    Ready,
+    /// The driver cannot launch.
+    LaunchFails(DriverErrorKind),
+    /// The agent never dials.
+    Never,
+    /// The guest kernel panics: the VM ends, with these last words on its console.
+    Panic(String),
+    /// The agent is of another release.
+    WrongVersion,
+    /// The agent dials and says nothing.
+    Mute,
+}
+
+/// A script for one driver, shared with the test that changes it on the way. Calls are named as in agent.proto;
+/// `AttachDisk` and `Launch` name those of the driver.
+#[derive(Debug, Clone)]
+pub struct Script {
+    inner: Arc<Mutex<Inner>>,
+    held: watch::Sender<BTreeSet<&'static str>>,
+    calls: watch::Sender<Vec<String>>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    boot: Boot,
+    refused: BTreeMap<&'static str, (ttrpc::Code, String)>,
+    deadly: BTreeSet<&'static str>,
+    exits_first: bool,
+}
+
+impl Default for Script {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Script {
+    /// Nothing goes wrong.
+    pub fn new() -> Self {
+        let inner = Inner {
+            boot: Boot::Ready,
+            refused: BTreeMap::new(),
+            deadly: BTreeSet::new(),
+            exits_first: false,
+        };
+        Self {
+            inner: Arc::new(Mutex::new(inner)),
+            held: watch::Sender::new(BTreeSet::new()),
+            calls: watch::Sender::new(Vec::new()),
+        }
+    }
+
+    /// VMs boot like this from now on.
+    #[must_use]
+    pub fn boot(self, boot: Boot) -> Self {
+        self.lock().boot = boot;
+        self
+    }
+
+    /// The agent refuses `method`.
+    pub fn refuse(&self, method: &'static str, code: ttrpc::Code, message: &str) {
+        self.lock()
+            .refused
+            .insert(method, (code, message.to_owned()));
+    }
+
+    /// `method` does not go on until it is released.
+    pub fn hold(&self, method: &'static str) {
+        self.held.send_modify(|held| {
+            held.insert(method);
+        });
+    }
+
+    /// Lets held calls of `method` go on, and later ones not be held.
+    pub fn release(&self, method: &'static str) {
+        self.held.send_modify(|held| {
+            held.remove(method);
+        });
+    }
+
+    /// The VM dies of `method`.
+    pub fn die_at(&self, method: &'static str) {
+        self.lock().deadly.insert(method);
+    }
+
+    /// The end of a program that ends at once is told before its start is answered.
+    pub fn exit_before_start_reply(&self) {
+        self.lock().exits_first = true;
+    }
+
+    /// Every call so far, in order: the method, and the container or disk that it is about.
+    pub fn calls(&self) -> Vec<String> {
+        self.calls.borrow().clone()
+    }
+
+    /// Waits until a call was made, held or not.
+    pub async fn called(&self, call: &str) {
+        let mut calls = self.calls.subscribe();
+        // The sender is here, so there is no error.
+        let _always = calls
+            .wait_for(|calls| calls.iter().any(|made| made == call))
+            .await;
+    }
+
+    pub(crate) fn how_to_boot(&self) -> Boot {
+        self.lock().boot.clone()
+    }
+
+    pub(crate) fn exits_first(&self) -> bool {
+        self.lock().exits_first
+    }
+
+    pub(crate) fn is_deadly(&self, method: &str) -> bool {
+        self.lock().deadly.contains(method)
+    }
+
+    pub(crate) fn refusal(&self, method: &str) -> Option<(ttrpc::Code, String)> {
+        self.lock().refused.get(method).cloned()
+    }
+
+    /// Records a call, and waits while it is held.
+    pub(crate) async fn enter(&self, method: &str, object: &str) {
+        let call = if object.is_empty() {
+            method.to_owned()
+        } else {
+            format!("{method} {object}")
+        };
+        self.calls.send_modify(|calls| calls.push(call));
+        let mut held = self.held.subscribe();
+        let _always = held.wait_for(|held| !held.contains(method)).await;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
