@@ -8,7 +8,7 @@ use std::fs::File;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
-use ids::{Mib, VcpuCount};
+use ids::{GuestCid, Mib, VcpuCount, VsockPort};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use virtio_device::VirtioDevice;
@@ -16,6 +16,7 @@ use virtio_device::balloon::{Backing, Balloon, MemoryRelease};
 use virtio_device::block::{Access, Block, BlockOptions, FileDisk};
 use virtio_device::console::{Console, ConsoleLog, LogFile};
 use virtio_device::rng::{HostEntropy, Rng};
+use virtio_device::vsock::{HostPorts, Vsock, VsockHandle, VsockOptions};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -38,6 +39,9 @@ const CONSOLE_LOG_BYTES: u64 = 16 << 20;
 /// Request queues of a disk: one thread serves all of them.
 const DISK_QUEUES: u16 = 1;
 
+/// Connections in a dump, which must fit a control message.
+const MAX_DUMPED_CONNECTIONS: usize = 64;
+
 const VSOCK_WINDOW: u16 = 0;
 const CONSOLE_WINDOW: u16 = 1;
 const RNG_WINDOW: u16 = 2;
@@ -53,6 +57,8 @@ pub struct Resources {
     pub initramfs: File,
     /// Where connections to the guest arrive.
     pub vsock: UnixListener,
+    /// Where connections of the guest go.
+    pub host_ports: Box<dyn HostPorts>,
     /// Where the console goes besides memory.
     pub console_log: Option<File>,
     /// One for each disk of the configuration.
@@ -76,6 +82,7 @@ pub struct Machine {
     lines: BTreeMap<u32, Arc<EventFd>>,
     disks: BTreeMap<u16, String>,
     console: Arc<ConsoleLog>,
+    vsock: VsockHandle,
     exits: Arc<ExitCounters>,
     vm: VmFd,
     kvm: Kvm,
@@ -119,6 +126,7 @@ impl Machine {
             vcpus,
         };
         let entry = boot::load(&memory, &blocks, &source)?;
+        let vsock = vsock(config, resources.vsock, resources.host_ports)?;
         let mut machine = Self {
             vcpus: Vec::new(),
             bus: Arc::new(Bus::new(windows)),
@@ -130,11 +138,13 @@ impl Machine {
                     .console_log
                     .map(|file| LogFile::new(file, CONSOLE_LOG_BYTES)),
             )),
+            vsock: vsock.handle(),
             exits: Arc::default(),
             vm,
             kvm: resources.kvm,
             memory,
         };
+        machine.add_device(VSOCK_WINDOW, Box::new(vsock))?;
         machine.add_devices(config)?;
         for (disk, file) in config.disks.iter().zip(resources.disks) {
             machine.attach_disk(disk, file)?;
@@ -271,11 +281,16 @@ impl Machine {
             }));
         });
         let exits: BTreeMap<_, _> = self.exits.snapshot().into_iter().collect();
+        let mut vsock = self.vsock.dump();
+        let connections = vsock.connections.len();
+        vsock.connections.truncate(MAX_DUMPED_CONNECTIONS);
         serde_json::json!({
             "vcpus": self.vcpus.len(),
             "exits": exits,
             "stray_accesses": self.bus.stray_accesses.get(),
             "devices": devices,
+            "vsock_connections": connections,
+            "vsock": vsock,
         })
     }
 
@@ -388,6 +403,26 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+fn vsock(
+    config: &Config,
+    listener: UnixListener,
+    ports: Box<dyn HostPorts>,
+) -> Result<Vsock, VmmError> {
+    let guest_cid = GuestCid::new(config.cid).ok_or_else(|| VmmError::Config {
+        reason: format!("vsock address {}: 3 to 4294967294 are possible", config.cid),
+    })?;
+    Vsock::new(VsockOptions {
+        guest_cid,
+        listener,
+        host_ports: config.host_ports.iter().copied().map(VsockPort).collect(),
+        ports,
+    })
+    .map_err(|source| VmmError::Device {
+        name: "vsock",
+        source,
+    })
 }
 
 fn notify_address(index: u16) -> IoEventAddress {

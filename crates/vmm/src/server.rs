@@ -4,13 +4,16 @@
 //! The control thread: speaks with the shim, and ends the VM.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
+use ids::VsockPort;
 use kvm_ioctls::Kvm;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::MsgFlags;
+use virtio_device::vsock::HostPorts;
 
 use crate::control::{
     self, Answer, Call, Config, ControlSocket, MAX_CONSOLE_TAIL_BYTES, Message, Received, Request,
@@ -21,25 +24,23 @@ use crate::{End, Ends, ExitCode, VmmError, jail};
 /// Runs one VM over `socket`, from its configuration to its end, and says how the process shall exit.
 pub fn serve(socket: ControlSocket) -> ExitCode {
     let socket = Arc::new(socket);
-    let code = match start(&socket) {
+    match start(&socket) {
         Ok(Some(server)) => server.run(),
-        Ok(None) => return ExitCode::Orphaned,
-        Err(error) => {
-            end(&socket, error.exit_code(), error.chain());
-            error.exit_code()
-        }
-    };
-    code
+        Ok(None) => ExitCode::Orphaned,
+        Err(error) => end(&socket, error.exit_code(), error.chain(), String::new()),
+    }
 }
 
-/// The last message.
-fn end(socket: &ControlSocket, code: ExitCode, text: String) {
+/// Sends the last message.
+fn end(socket: &ControlSocket, code: ExitCode, text: String, console: String) -> ExitCode {
     let message = Message::Ended {
         code: code as u8,
         text,
+        console,
     };
     // If the shim is gone there is nobody to tell.
     let _ = socket.send(&message, &[], MsgFlags::MSG_DONTWAIT);
+    code
 }
 
 struct Server {
@@ -65,7 +66,7 @@ fn start(socket: &Arc<ControlSocket>) -> Result<Option<Server>, VmmError> {
             source: None,
         });
     };
-    let result = build(&config, descriptors);
+    let result = build(socket, &config, descriptors);
     let answer = match &result {
         Ok(_) => Ok(Answer::Done),
         Err(error) => Err(error.into()),
@@ -82,8 +83,15 @@ fn start(socket: &Arc<ControlSocket>) -> Result<Option<Server>, VmmError> {
     }))
 }
 
-fn build(config: &Config, descriptors: Vec<OwnedFd>) -> Result<(Machine, Arc<Ends>), VmmError> {
-    let resources = resources(config, descriptors)?;
+fn build(
+    socket: &Arc<ControlSocket>,
+    config: &Config,
+    descriptors: Vec<OwnedFd>,
+) -> Result<(Machine, Arc<Ends>), VmmError> {
+    let host_ports = Box::new(ShimPorts {
+        socket: Arc::clone(socket),
+    });
+    let resources = resources(config, descriptors, host_ports)?;
     if let Some(jail) = &config.jail {
         jail::enter(jail)?;
     }
@@ -105,8 +113,29 @@ fn build(config: &Config, descriptors: Vec<OwnedFd>) -> Result<(Machine, Arc<End
     Ok((machine, ends))
 }
 
+/// Hands connections of the guest to the shim.
+struct ShimPorts {
+    socket: Arc<ControlSocket>,
+}
+
+impl HostPorts for ShimPorts {
+    fn open(&mut self, port: VsockPort) -> io::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        let message = Message::GuestConnection { port: port.0 };
+        // A shim that does not keep up refuses, and the guest's flood stays the guest's problem.
+        self.socket
+            .send(&message, &[theirs.as_fd()], MsgFlags::MSG_DONTWAIT)?;
+        Ok(ours)
+    }
+}
+
 /// Sorts the descriptors of [`Request::Start`].
-fn resources(config: &Config, descriptors: Vec<OwnedFd>) -> Result<Resources, VmmError> {
+fn resources(
+    config: &Config,
+    descriptors: Vec<OwnedFd>,
+    host_ports: Box<dyn HostPorts>,
+) -> Result<Resources, VmmError> {
     let expected = config
         .disks
         .len()
@@ -144,6 +173,7 @@ fn resources(config: &Config, descriptors: Vec<OwnedFd>) -> Result<Resources, Vm
         kernel,
         initramfs,
         vsock,
+        host_ports,
         console_log,
         disks: descriptors.map(File::from).collect(),
     })
@@ -184,20 +214,22 @@ fn reply(
 impl Server {
     fn run(mut self) -> ExitCode {
         loop {
-            let next = match self.wait() {
-                Ok((true, _)) => self.take_end(),
-                Ok((_, true)) => self.serve_call().unwrap_or_else(|error| {
-                    end(&self.socket, error.exit_code(), error.chain());
-                    Next::Exit(error.exit_code())
-                }),
-                Ok((false, false)) => Next::Serve,
-                Err(error) => {
-                    end(&self.socket, error.exit_code(), error.chain());
-                    Next::Exit(error.exit_code())
+            let next = self.wait().and_then(|(ended, called)| {
+                if ended {
+                    Ok(self.take_end())
+                } else if called {
+                    self.serve_call()
+                } else {
+                    Ok(Next::Serve)
                 }
-            };
-            if let Next::Exit(code) = next {
-                return code;
+            });
+            match next {
+                Ok(Next::Serve) => {}
+                Ok(Next::Exit(code)) => return code,
+                Err(error) => {
+                    let console = self.console_tail();
+                    return end(&self.socket, error.exit_code(), error.chain(), console);
+                }
             }
         }
     }
@@ -222,8 +254,13 @@ impl Server {
             Some(End::Guest) => (ExitCode::Guest, ExitCode::Guest.meaning().to_owned()),
             Some(End::Failed(error)) => (error.exit_code(), error.chain()),
         };
-        end(&self.socket, code, text);
-        Next::Exit(code)
+        Next::Exit(end(&self.socket, code, text, self.console_tail()))
+    }
+
+    fn console_tail(&self) -> String {
+        let tail = self.machine.console_tail();
+        let start = tail.len().saturating_sub(MAX_CONSOLE_TAIL_BYTES);
+        printable(tail.get(start..).unwrap_or_default())
     }
 
     fn serve_call(&mut self) -> Result<Next, VmmError> {
@@ -256,12 +293,7 @@ impl Server {
                 self.machine.detach_disk(&serial)?;
                 Ok(Answer::Done)
             }
-            Request::ConsoleTail => {
-                let tail = self.machine.console_tail();
-                let start = tail.len().saturating_sub(MAX_CONSOLE_TAIL_BYTES);
-                let tail = tail.get(start..).unwrap_or_default();
-                Ok(Answer::Text(printable(tail)))
-            }
+            Request::ConsoleTail => Ok(Answer::Text(self.console_tail())),
             Request::Dump => Ok(Answer::Text(self.machine.dump().to_string())),
             Request::Pause => {
                 self.machine.pause();

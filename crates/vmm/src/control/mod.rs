@@ -148,6 +148,8 @@ pub enum Message {
         code: u8,
         /// One line for people.
         text: String,
+        /// The end of the console's output.
+        console: String,
     },
 }
 

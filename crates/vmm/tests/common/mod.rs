@@ -139,7 +139,7 @@ impl Vmm {
     pub fn end(&mut self) -> (u8, String, ExitStatus) {
         loop {
             match self.receive() {
-                Some(Message::Ended { code, text }) => {
+                Some(Message::Ended { code, text, .. }) => {
                     return (code, text, self.child.wait().unwrap());
                 }
                 Some(_) => {}
