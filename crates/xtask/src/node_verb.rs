@@ -21,6 +21,9 @@ pub(crate) struct Arguments {
     /// Run the command on this machine, in namespaces of its own, in place of the nested node.
     #[arg(long)]
     host: bool,
+    /// Also import the images of nginx, redis and python.
+    #[arg(long)]
+    software: bool,
     /// The node's memory in MiB.
     #[arg(long, default_value_t = 3072)]
     memory: u32,
@@ -46,7 +49,13 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     } else {
         Place::nested()?
     };
-    images::install(&images::small()?, &workspace::dist())?;
+    let mut archives = vec![images::small()?];
+    let mut imports = vec![("default", images::SMALL), ("k8s.io", images::SMALL)];
+    if arguments.software {
+        archives.push(images::software()?);
+        imports.push(("default", images::SOFTWARE));
+    }
+    build::images(&archives)?;
     let folder = tempfile::tempdir().context("cannot create a temporary folder")?;
     let script = arguments
         .command
@@ -64,7 +73,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         folder: folder.path(),
         dist: &workspace::dist(),
         source: &workspace::root(),
-        images: &[("default", images::SMALL), ("k8s.io", images::SMALL)],
+        images: &imports,
         machine: Machine {
             memory_mib: arguments.memory,
             limit: arguments.timeout.map(Duration::from_secs),

@@ -141,7 +141,11 @@ fn test_in_node(place: &Place, programs: &[String], filter: &str) -> Result<Node
         folder: &artifacts,
         dist: &workspace::dist(),
         source: &workspace::root(),
-        images: &[],
+        images: &[
+            ("default", images::SMALL),
+            ("k8s.io", images::SMALL),
+            ("default", images::SOFTWARE),
+        ],
         machine: Machine {
             memory_mib: 4096,
             limit: Some(NODE_TESTS_LIMIT),

@@ -45,7 +45,7 @@ const NOT_UNPACKED: &[&str] = &[
 const SET_UP: &str = r#"set -e; cd "$1"
 cp usr/share/base-passwd/passwd.master etc/passwd; cp usr/share/base-passwd/group.master etc/group
 mkdir -p etc/nginx/sites-enabled var/lib/nginx var/log/nginx run tmp proc sys dev srv; chmod 1777 tmp
-ln -s ../usr/bin/busybox bin/sh; ln -s busybox usr/bin/wget
+ln -s busybox bin/sh; ln -s busybox bin/wget
 echo 'server { listen 127.0.0.1:80; location / { return 200 "served by nginx\n"; } }' > etc/nginx/sites-enabled/default
 rm -rf var/cache/apt var/lib/apt var/lib/dpkg"#;
 /// A server that stops on SIGTERM with an exit code of its own; a program that is PID 1 must ask for the signal.
@@ -167,7 +167,7 @@ fn make_software(folder: &Path) -> Result<()> {
     ]);
     mmdebstrap
         .arg(format!("--include={SOFTWARE_PACKAGES}"))
-        .arg(format!("--customize-hook={SET_UP}"));
+        .arg(format!("--extract-hook={SET_UP}"));
     mmdebstrap.args(
         NOT_UNPACKED
             .iter()
