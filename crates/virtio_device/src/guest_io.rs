@@ -81,6 +81,22 @@ impl<'m> IoSlices<'m> {
         })
     }
 
+    /// No bytes; to append to.
+    #[must_use]
+    pub fn empty(direction: Direction) -> Self {
+        Self {
+            iovecs: Vec::new(),
+            direction,
+            memory: PhantomData,
+        }
+    }
+
+    /// Puts `other` behind it, so that one call goes over both; they have one direction.
+    pub fn append(&mut self, other: Self) {
+        debug_assert_eq!(self.direction, other.direction);
+        self.iovecs.extend(other.iovecs);
+    }
+
     /// Bytes left.
     #[must_use]
     pub fn len(&self) -> usize {

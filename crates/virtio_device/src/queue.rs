@@ -132,7 +132,8 @@ impl Queue {
         Ok(true)
     }
 
-    /// Puts the chain taken last back: the next [`Queue::pop`] finds it again. Only for the latest, once.
+    /// Puts the chain taken last back: the next [`Queue::pop`] finds it again. Again for the one before it, and so on,
+    /// as long as none of them has been completed.
     pub fn undo_pop(&mut self) {
         self.ring.go_to_previous_position();
     }

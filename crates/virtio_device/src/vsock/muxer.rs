@@ -3,9 +3,7 @@
 
 //! All connections of the one guest: which packet belongs to which, and who may speak to the guest next.
 //!
-//! The streams that have something for the guest are in a list and get one packet each in turn, so a busy stream
-//! delays the others by one packet, and one whose reader is slow (no credit, or no room in its socket) is simply not
-//! in the list. What can pile up is bounded: streams by [`MAX_CONNECTIONS`], bytes by their windows, resets
+//! What can pile up is bounded: streams by [`MAX_CONNECTIONS`], bytes by their windows, resets
 //! for connections that are gone by [`MAX_PENDING_RESETS`].
 //!
 //! Nothing here blocks. Guest memory is read for one header at a time, into a value.
@@ -23,7 +21,7 @@ use vm_memory::GuestMemory;
 
 use super::connection::{Abort, Connection, Effects, Input, Phase};
 use super::host::{HostPorts, Poller};
-use super::stream::{Got, HEADER_BYTES, Payload, Stream, Taken};
+use super::stream::{HEADER_BYTES, Payload, Stream, Taken};
 use super::table::{EntryId, Table};
 use super::{
     LARGE_WINDOW, LARGE_WINDOWS, MAX_CONNECTIONS, MAX_PENDING_RESETS, SMALL_WINDOW, VsockMetrics,
@@ -61,9 +59,11 @@ pub(super) struct Muxer {
     pub(super) table: Table<Entry>,
     by_key: HashMap<ConnectionKey, EntryId>,
     /// Streams that have something for the guest, the next one first.
-    ready: VecDeque<EntryId>,
+    pub(super) ready: VecDeque<EntryId>,
     /// Connections of the guest's that do not exist here.
-    resets: VecDeque<ConnectionKey>,
+    pub(super) resets: VecDeque<ConnectionKey>,
+    /// Lengths of the packets of one turn; kept to be reused.
+    pub(super) written: Vec<u32>,
     large_windows: usize,
     next_port: u32,
     /// The listener may have connections.
@@ -82,6 +82,7 @@ impl Muxer {
             by_key: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
+            written: Vec::new(),
             large_windows: LARGE_WINDOWS,
             next_port: 0,
             acceptable: true,
@@ -356,118 +357,6 @@ impl Muxer {
         } else {
             self.parts.metrics.resets_dropped.increment();
         }
-    }
-
-    /// Puts a stream into the ready list if it has something for the guest.
-    pub(super) fn schedule(&mut self, id: EntryId) {
-        let Some(stream) = self.stream(id) else {
-            return;
-        };
-        if stream.wants_guest() && !stream.queued {
-            stream.queued = true;
-            self.ready.push_back(id);
-        }
-    }
-
-    /// Whether a buffer of the guest would probably be filled.
-    pub(super) fn has_work(&self) -> bool {
-        !self.resets.is_empty() || !self.ready.is_empty()
-    }
-
-    /// Writes the next packet for the guest into `room`, which takes a header and at least one byte; returns its length
-    /// in bytes, or `None` if there is no packet.
-    ///
-    /// # Errors
-    /// Guest memory has gone.
-    pub(super) fn give_packet<M: GuestMemory>(
-        &mut self,
-        mem: &M,
-        room: &Buffers,
-    ) -> Result<Option<u32>, DeviceError> {
-        if let Some(key) = self.resets.pop_front() {
-            let credit = CreditInfo {
-                buf_alloc: 0,
-                fwd_cnt: 0,
-            };
-            let packet = Packet {
-                key,
-                message: Message::Reset,
-                credit,
-            };
-            self.parts.metrics.resets_sent.increment();
-            self.write_header(mem, room, &packet)?;
-            return Ok(Some(HEADER_BYTES));
-        }
-        while let Some(id) = self.ready.pop_front() {
-            let Some(stream) = self.stream(id) else {
-                continue;
-            };
-            stream.queued = false;
-            let message = match stream.machine.next_control() {
-                Some(message) => Some(message),
-                None => self.data_to_guest(id, mem, room)?,
-            };
-            self.schedule(id);
-            if let Some(message) = message
-                && let Some(stream) = self.stream(id)
-            {
-                let credit = stream.machine.credit();
-                let key = stream.key;
-                let packet = Packet {
-                    key,
-                    message,
-                    credit,
-                };
-                self.write_header(mem, room, &packet)?;
-                let data = match message {
-                    Message::Data { len } => len,
-                    _ => 0,
-                };
-                return Ok(Some(HEADER_BYTES.saturating_add(data)));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Reads from a stream's socket into `room`; says so if there was something.
-    fn data_to_guest<M: GuestMemory>(
-        &mut self,
-        id: EntryId,
-        mem: &M,
-        room: &Buffers,
-    ) -> Result<Option<Message>, DeviceError> {
-        let Some(stream) = self.stream(id).filter(|stream| stream.readable) else {
-            return Ok(None);
-        };
-        let credit = stream.machine.data_room();
-        if credit == 0 {
-            return Ok(None);
-        }
-        match stream.read(mem, room, credit)? {
-            Got::Bytes(len) => {
-                stream.machine.sent(len);
-                self.parts.metrics.packets_to_guest.increment();
-                self.parts.metrics.bytes_to_guest.add(u64::from(len));
-                return Ok(Some(Message::Data { len }));
-            }
-            Got::Nothing => {}
-            Got::End => self.step(id, Input::HostEnded),
-            Got::Gone => {
-                self.step(id, Input::HostEnded);
-                self.host_stopped_reading(id);
-            }
-        }
-        Ok(None)
-    }
-
-    fn write_header<M: GuestMemory>(
-        &self,
-        mem: &M,
-        room: &Buffers,
-        packet: &Packet,
-    ) -> Result<(), DeviceError> {
-        let header = packet.to_guest(self.parts.guest_cid).encode();
-        room.write_at(mem, 0, &header).map(drop)
     }
 
     /// Makes sure that the timer goes off at `deadline` or before.

@@ -14,7 +14,7 @@ use vm_memory::GuestMemory;
 
 use super::connection::{Connection, Effects};
 use super::host::Poller;
-use crate::{Buffers, DeviceError, Direction, IoSlices};
+use crate::{Buffers, Chain, DeviceError, Direction, IoSlices};
 
 /// [`HEADER_LEN`] as buffers count.
 pub(super) const HEADER_BYTES: u32 = 44;
@@ -69,6 +69,8 @@ pub(super) struct Stream {
     pub(super) readable: bool,
     /// It is in the list of streams with something for the guest.
     pub(super) queued: bool,
+    /// The last read filled all the room it had: the next one should have more.
+    pub(super) bulk: bool,
     /// Whether this one has one of the large windows.
     pub(super) large: bool,
     /// The poller watches for room.
@@ -91,6 +93,7 @@ impl Stream {
             socket,
             readable: false,
             queued: false,
+            bulk: false,
             large,
             watches_room: false,
             backlog: VecDeque::new(),
@@ -161,17 +164,29 @@ impl Stream {
         outcome
     }
 
-    /// Reads at most `room` bytes behind the header in `packet`.
+    /// Reads at most `credit` bytes into `rooms`, behind where their headers will be.
     ///
     /// # Errors
     /// Guest memory has gone.
     pub(super) fn read<M: GuestMemory>(
         &mut self,
         mem: &M,
-        packet: &Buffers,
-        room: u32,
+        rooms: &[Chain],
+        credit: u32,
     ) -> Result<Got, DeviceError> {
-        let mut slices = IoSlices::new(mem, packet, HEADER_BYTES, room, Direction::IntoGuest)?;
+        let mut left = credit;
+        let mut slices = IoSlices::empty(Direction::IntoGuest);
+        for room in rooms.iter().map(|chain| &chain.writable) {
+            slices.append(IoSlices::new(
+                mem,
+                room,
+                HEADER_BYTES,
+                left,
+                Direction::IntoGuest,
+            )?);
+            left = left.saturating_sub(payload_room(room));
+        }
+        let room = slices.len();
         let got = match slices.read_from(self.socket.as_fd()) {
             Ok(0) => Got::End,
             Ok(n) => Got::Bytes(u32::try_from(n).unwrap_or(u32::MAX)),
@@ -179,6 +194,7 @@ impl Stream {
             Err(_) => Got::Gone,
         };
         self.readable = matches!(got, Got::Bytes(_));
+        self.bulk = slices.is_empty() && room > 0;
         Ok(got)
     }
 
@@ -219,6 +235,11 @@ impl Stream {
     pub(super) fn drop_backlog(&mut self) {
         self.backlog = VecDeque::new();
     }
+}
+
+/// Bytes of data that a packet in `room` can carry.
+pub(super) fn payload_room(room: &Buffers) -> u32 {
+    room.len().saturating_sub(HEADER_BYTES)
 }
 
 fn taken(result: io::Result<usize>) -> Taken {

@@ -17,10 +17,11 @@ use std::time::Instant;
 
 use virtio_wire::DeviceId;
 use virtio_wire::vsock::EVENT_TRANSPORT_RESET;
+use vm_memory::GuestMemory;
 
 use super::device::Shared;
 use super::muxer::Muxer;
-use super::stream::HEADER_BYTES;
+use super::stream::payload_room;
 use super::{QUEUE_EVENTS, QUEUE_TO_GUEST, QUEUE_TO_HOST};
 use crate::{
     Activation, Chain, DeviceError, Event, GuestSpace, Interrupt, MAX_BYTES_PER_WAKE,
@@ -54,8 +55,54 @@ pub(super) struct VsockWorker<S> {
     memory: S,
     interrupt: Arc<dyn Interrupt>,
     chain: Chain,
+    rooms: Rooms,
     transport_reset: TransportReset,
     paused_at: Option<Instant>,
+}
+
+/// Receive buffers taken from the queue, to be filled in one go; reused from wake to wake.
+#[derive(Default)]
+struct Rooms(Vec<Chain>);
+
+/// What [`Rooms::take`] found.
+struct TakenRooms {
+    /// Buffers that hold a header and at least one byte.
+    rooms: usize,
+    /// Smaller ones, which the driver has back already, empty.
+    short: u32,
+}
+
+impl Rooms {
+    /// Takes up to `wanted` buffers off the queue.
+    fn take<M: GuestMemory>(
+        &mut self,
+        queue: &mut Queue,
+        mem: &M,
+        wanted: usize,
+    ) -> Result<TakenRooms, DeviceError> {
+        self.0.resize_with(wanted.max(self.0.len()), Chain::default);
+        let mut taken = TakenRooms { rooms: 0, short: 0 };
+        for chain in self.0.iter_mut().take(wanted) {
+            if !queue.pop(mem, chain)? {
+                break;
+            }
+            if payload_room(&chain.writable) == 0 {
+                if taken.rooms == 0 {
+                    queue.complete(mem, chain.head(), 0)?;
+                    taken.short = 1;
+                } else {
+                    queue.undo_pop(); // chains go back in the order of the ring, so it has to wait
+                }
+                break;
+            }
+            taken.rooms = taken.rooms.saturating_add(1);
+        }
+        Ok(taken)
+    }
+
+    fn first(&self, n: usize) -> &[Chain] {
+        self.0.get(..n).unwrap_or_default()
+    }
 }
 
 impl<S: GuestSpace> VsockWorker<S> {
@@ -79,6 +126,7 @@ impl<S: GuestSpace> VsockWorker<S> {
             memory: activation.memory.clone(),
             interrupt: Arc::clone(&activation.interrupt),
             chain: Chain::default(),
+            rooms: Rooms::default(),
             transport_reset,
             paused_at: None,
         }
@@ -111,26 +159,29 @@ impl<S: GuestSpace> VsockWorker<S> {
             if chains >= MAX_CHAINS_PER_WAKE || bytes >= MAX_BYTES_PER_WAKE {
                 break Progress::More;
             }
-            if !queue.pop(mem, &mut self.chain)? {
-                if queue.enable_kicks(mem)? {
+            let taken = self.rooms.take(queue, mem, muxer.rooms_wanted())?;
+            chains = chains.saturating_add(taken.short);
+            muxer
+                .parts
+                .metrics
+                .short_buffers
+                .add(u64::from(taken.short));
+            let rooms = self.rooms.first(taken.rooms);
+            if rooms.is_empty() {
+                if taken.short > 0 || queue.enable_kicks(mem)? {
                     continue;
                 }
                 break Progress::Idle;
             }
-            let room = &self.chain.writable;
-            let written = if room.len() > HEADER_BYTES {
-                muxer.give_packet(mem, room)?
-            } else {
-                muxer.parts.metrics.short_buffers.increment();
-                Some(0)
-            };
-            let Some(written) = written else {
+            let written = muxer.give_packets(mem, rooms)?;
+            for (room, len) in rooms.iter().zip(written) {
+                queue.complete(mem, room.head(), *len)?;
+                chains = chains.saturating_add(1);
+                bytes = bytes.saturating_add(u64::from(*len));
+            }
+            for _ in written.len()..rooms.len() {
                 queue.undo_pop();
-                break Progress::Idle;
-            };
-            queue.complete(mem, self.chain.head(), written)?;
-            chains = chains.saturating_add(1);
-            bytes = bytes.saturating_add(u64::from(written));
+            }
         };
         if chains > 0 {
             queue.notify(mem, &*self.interrupt)?;

@@ -149,9 +149,14 @@ impl Rig {
         rig
     }
 
-    /// Offers a receive buffer.
+    /// Offers a receive buffer of the usual size.
     fn post(&mut self, addr: u64) {
-        let chain = ChainBuilder::new().raw(addr, RECEIVE_BUFFER, DESC_WRITE);
+        self.post_sized(addr, RECEIVE_BUFFER);
+    }
+
+    /// Offers a receive buffer.
+    pub(super) fn post_sized(&mut self, addr: u64, len: u32) {
+        let chain = ChainBuilder::new().raw(addr, len, DESC_WRITE);
         let head = self.receive.add(&mut self.mem, &chain);
         self.receive_buffers.insert(head, addr);
     }
@@ -209,7 +214,10 @@ impl Rig {
         let mut all = Vec::new();
         while let Some(used) = self.receive.pop_used() {
             let head = u16::try_from(used.head).unwrap();
-            let addr = self.receive_buffers.remove(&head).unwrap();
+            let Some(addr) = self.receive_buffers.remove(&head) else {
+                assert_eq!(used.written, 0, "a buffer of another kind comes back empty");
+                continue;
+            };
             let bytes = self.mem.read(addr, used.written as usize);
             if self.repost {
                 self.post(addr);

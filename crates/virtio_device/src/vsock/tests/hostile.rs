@@ -206,6 +206,38 @@ fn receive_buffer_too_small_for_a_packet_is_given_back_empty() {
 }
 
 #[test]
+fn receive_buffer_too_small_among_good_ones_loses_no_byte() {
+    let mut rig = Rig::new();
+    let (_, mut host) = rig.open_from_host(5000);
+    rig.repost = false;
+    let bytes = noise(250_000);
+    let (mut sent, mut got) = (0, Vec::new());
+    while rig.device.handle().dump().ready == 0 {
+        sent += write_now(&mut host, &bytes[sent..=sent]); // a buffer for each byte, until none is left
+        got.extend(data(&rig.packets()));
+    }
+    let small = ChainBuilder::new().writable(&mut rig.mem, HEADER_LEN);
+    while got.len() < bytes.len() {
+        // One good, one too small, two good, all there at once.
+        let before = got.len();
+        for good in [true, false, true, true] {
+            if good {
+                let addr = rig.mem.alloc(1044, 16);
+                rig.post_sized(addr, 1044);
+            } else {
+                rig.receive.add(&mut rig.mem, &small);
+            }
+        }
+        sent += write_now(&mut host, &bytes[sent..]);
+        rig.handle(Event::Queue(0));
+        got.extend(data(&rig.take_received()));
+        assert!(got.len() > before);
+    }
+    assert!(got == bytes, "bytes differ");
+    assert!(rig.counter("short_buffers") > 0);
+}
+
+#[test]
 fn guest_that_reads_nothing_makes_nothing_grow() {
     let mut rig = Rig::new();
     rig.repost = false;
