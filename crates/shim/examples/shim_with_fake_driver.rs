@@ -1,46 +1,71 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! The shim without KVM, for its own tests: the driver and the guest agent are fake, everything else is the product's.
+//! The shim without KVM, for its own tests: the VM, the guest agent and the storage are fake, everything else is the
+//! product's. What a container does is said by `process.args` of its spec; see `driver_fake::Program`.
 
+use std::error::Error;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use async_trait::async_trait;
-use hypervisor::{Capabilities, Driver, DriverError, DriverErrorKind, RunningVm, VmSpec};
-use shim::{Node, NodeHost, PodParts, PodRequest, Roots, run};
-
-struct NoVm;
-
-#[async_trait]
-impl Driver for NoVm {
-    fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            name: "none",
-            max_disks: 0,
-            max_vcpus: 1,
-        }
-    }
-
-    async fn launch(&self, _: VmSpec) -> Result<Arc<dyn RunningVm>, DriverError> {
-        Err(DriverError::new(DriverErrorKind::Node, "no VM"))
-    }
-}
+use agent_proto::api;
+use driver_fake::{FakeDriver, Script, fake_spec};
+use ids::SandboxId;
+use sandbox::{
+    ContainerKind, ContainerPlan, CreateTask, Deadlines, GuestContainer, GuestRootfs, Host,
+    PodPlan, SandboxError, SandboxErrorKind,
+};
+use shim::{Node, PodParts, PodRequest, Roots, run};
 
 struct FakeNode;
 
 impl Node for FakeNode {
-    fn prepare(
-        &self,
-        pod: &PodRequest<'_>,
-    ) -> Result<PodParts, Box<dyn std::error::Error + Send + Sync>> {
+    fn prepare(&self, pod: &PodRequest<'_>) -> Result<PodParts, Box<dyn Error + Send + Sync>> {
         Ok(PodParts {
-            driver: Arc::new(NoVm),
-            host: Arc::new(NodeHost::new(pod)),
-            deadlines: sandbox::Deadlines::default(),
+            driver: FakeDriver::new(Script::new()),
+            host: Arc::new(FakeHost {
+                sandbox: pod.id.clone(),
+            }),
+            deadlines: Deadlines::default(),
         })
     }
+}
+
+struct FakeHost {
+    sandbox: SandboxId,
+}
+
+impl Host for FakeHost {
+    fn plan_pod(&self) -> Result<PodPlan, SandboxError> {
+        let vm = fake_spec(self.sandbox.clone()).map_err(internal)?;
+        Ok(PodPlan {
+            vm,
+            configure: api::ConfigureSandboxRequest::new(),
+            guard: Box::new(()),
+        })
+    }
+
+    fn plan_container(&self, task: &CreateTask) -> Result<ContainerPlan, SandboxError> {
+        let spec_json = std::fs::read(task.bundle.join("config.json")).map_err(internal)?;
+        let bundle = pod_spec::Bundle::parse(&spec_json).map_err(internal)?;
+        let kind = match bundle.role() {
+            pod_spec::Role::Sandbox => ContainerKind::Sandbox,
+            _ => ContainerKind::Guest(GuestContainer {
+                spec_json,
+                rootfs: GuestRootfs::Layered(Vec::new()),
+                copied_mounts: Vec::new(),
+            }),
+        };
+        Ok(ContainerPlan {
+            kind,
+            guard: Box::new(()),
+        })
+    }
+}
+
+fn internal(error: impl Error + Send + Sync + 'static) -> SandboxError {
+    SandboxError::new(SandboxErrorKind::Internal, "the fake node").because(error)
 }
 
 fn root(name: &str) -> PathBuf {

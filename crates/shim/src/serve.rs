@@ -60,6 +60,8 @@ pub struct PodRequest<'a> {
     pub bundle: &'a Path,
     /// The node's config.
     pub config: &'a RuntimeConfig,
+    /// A directory for root alone, which is removed with the sandbox.
+    pub private_dir: &'a Path,
 }
 
 /// The node: what a program that runs shims has chosen. Only `main` names drivers.
@@ -178,6 +180,7 @@ impl Shim<'_> {
                 id: &id,
                 bundle: &self.bundle,
                 config: &self.config,
+                private_dir: self.state.path(),
             })
             .map_err(ShimError::Node)?;
         let sandbox = sandbox::spawn(SandboxOptions {

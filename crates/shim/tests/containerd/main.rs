@@ -6,4 +6,6 @@
 #[cfg(test)]
 mod process;
 #[cfg(test)]
+mod service;
+#[cfg(test)]
 mod support;

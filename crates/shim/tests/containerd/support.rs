@@ -58,6 +58,21 @@ impl Containerd {
         annotations: &[(&str, &str)],
         cgroups_path: &str,
     ) -> PathBuf {
+        self.write_bundle(id, annotations, cgroups_path, &["sleep"])
+    }
+
+    /// A bundle of a container without a pod, whose process is `args`.
+    pub(crate) fn program_bundle(&self, id: &str, args: &[&str]) -> PathBuf {
+        self.write_bundle(id, &[], "", args)
+    }
+
+    fn write_bundle(
+        &self,
+        id: &str,
+        annotations: &[(&str, &str)],
+        cgroups_path: &str,
+        args: &[&str],
+    ) -> PathBuf {
         let bundle = self.path("bundles").join(id);
         fs::create_dir_all(bundle.join("rootfs")).unwrap();
         let namespaces: Vec<_> = ["mount", "pid", "network", "ipc", "uts"]
@@ -70,7 +85,7 @@ impl Containerd {
         let spec = serde_json::json!({
             "ociVersion": "1.0.2",
             "annotations": annotations,
-            "process": { "user": { "uid": 0, "gid": 0 }, "cwd": "/", "args": ["true"] },
+            "process": { "user": { "uid": 0, "gid": 0 }, "cwd": "/", "args": args },
             "root": { "path": "rootfs" },
             "linux": { "namespaces": namespaces, "cgroupsPath": cgroups_path },
         });
