@@ -41,7 +41,8 @@ impl Muxer {
     fn stream_event(&mut self, id: EntryId, edges: Edges) {
         match self.table.get_mut(id) {
             None => {} // it has ended since
-            Some(Entry::Greeting { .. }) => self.hear(id, edges.hung_up),
+            Some(Entry::Greeting { .. }) if edges.hung_up => self.turn_away(id),
+            Some(Entry::Greeting { .. }) => self.hear(id),
             Some(Entry::Stream(stream)) => {
                 stream.readable |= edges.readable;
                 if edges.hung_up {
@@ -78,21 +79,21 @@ impl Muxer {
         match ready.then(|| self.add(entry)).flatten() {
             Some(id) => {
                 self.note_deadline(Some(deadline));
-                self.hear(id, false);
+                self.hear(id);
             }
             None => self.parts.metrics.refused_full.increment(),
         }
     }
 
     /// Reads what a host process wants, as far as it has said it.
-    fn hear(&mut self, id: EntryId, hung_up: bool) {
+    fn hear(&mut self, id: EntryId) {
         let Some(Entry::Greeting { socket, .. }) = self.table.get(id) else {
             return;
         };
         match Greeting::receive(socket) {
             Ok(Greeting::Connect(port, _)) => self.connect(id, port),
-            Ok(Greeting::Partial) if !hung_up => {}
-            Ok(Greeting::Partial | Greeting::Bad) | Err(_) => self.turn_away(id),
+            Ok(Greeting::Partial) => {}
+            Ok(Greeting::Bad) | Err(_) => self.turn_away(id),
         }
     }
 

@@ -87,6 +87,17 @@ fn host_that_leaves_before_it_has_asked_is_forgotten() {
 }
 
 #[test]
+fn host_that_asks_late_and_leaves_at_once_is_forgotten() {
+    let mut rig = Rig::new();
+    let mut host = rig.dial();
+    rig.host_events();
+    host.write_all(b"CONNECT 5000\n").unwrap();
+    drop(host);
+    assert!(rig.packets().is_empty());
+    assert_eq!(rig.connections(), 0);
+}
+
+#[test]
 fn host_that_never_asks_is_closed_at_the_deadline() {
     let mut rig = Rig::new();
     let mut host = rig.dial();
