@@ -200,10 +200,7 @@ fn prepare(job: &Job) -> Result<()> {
             );
             let size = size.unwrap_or_default();
             let (rows, columns) = size.trim().split_once(' ').unwrap_or(("24", "80"));
-            write(
-                "terminal",
-                &format!("stty -F /dev/hvc0 rows {rows} cols {columns}\n"),
-            )
+            write("terminal", &format!("stty rows {rows} cols {columns}\n"))
         }
     }
 }
