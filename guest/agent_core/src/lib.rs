@@ -1,4 +1,23 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! Process table, cgroups, mounts and reaper of the guest agent.
+//! Process table, stdio, cgroups, mounts and reaper of the guest agent.
+
+mod agent;
+mod error;
+mod events;
+pub mod linux;
+pub mod log;
+mod plan;
+mod service;
+pub mod stdio;
+mod system;
+mod table;
+
+pub use agent::{Agent, ProcessInfo};
+pub use error::{Code, Error};
+pub use events::Events;
+pub use plan::*;
+pub use service::Service;
+pub use system::{Gate, Job, Launched, System};
+pub use table::{Consequences, Exit, ProcessIo, ProcessTable};

@@ -1,0 +1,157 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! How the agent and the host reach each other: vsock in a VM, unix sockets in tests.
+
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use agent_core::log;
+use agent_core::stdio::Stream;
+use agent_proto::{CONTROL_PORT, STDIO_PORT};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, connect, listen, socket,
+};
+use rustix::net::{SocketFlags, accept_with};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::oneshot;
+
+/// vsock(7): the host, and any of the guest's own addresses.
+const CID_HOST: u32 = 2;
+const CID_ANY: u32 = u32::MAX;
+
+/// As many streams as may come at once: three for each process of a large pod.
+const BACKLOG: i32 = 128;
+
+/// One of the two ways.
+pub(crate) enum Transport {
+    /// AF_VSOCK.
+    Vsock,
+    /// `control.sock`, where the other end listens, and `stdio.sock`, where the agent does, in this folder.
+    Unix(PathBuf),
+}
+
+impl Transport {
+    /// Listens for stdio streams.
+    pub(crate) fn listen(&self) -> io::Result<OwnedFd> {
+        match self {
+            Self::Vsock => {
+                let listener = vsock()?;
+                bind(listener.as_raw_fd(), &VsockAddr::new(CID_ANY, STDIO_PORT.0))?;
+                listen(&listener, Backlog::new(BACKLOG)?)?;
+                Ok(listener)
+            }
+            Self::Unix(folder) => Ok(UnixListener::bind(folder.join("stdio.sock"))?.into()),
+        }
+    }
+
+    /// Connects to the host.
+    pub(crate) fn dial(&self) -> io::Result<OwnedFd> {
+        match self {
+            Self::Vsock => {
+                let connection = vsock()?;
+                connect(
+                    connection.as_raw_fd(),
+                    &VsockAddr::new(CID_HOST, CONTROL_PORT.0),
+                )?;
+                Ok(connection)
+            }
+            Self::Unix(folder) => Ok(UnixStream::connect(folder.join("control.sock"))?.into()),
+        }
+    }
+}
+
+fn vsock() -> nix::Result<OwnedFd> {
+    socket(
+        AddressFamily::Vsock,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+}
+
+/// Calls `accepted` with each new connection, for ever.
+pub(crate) async fn accept(listener: OwnedFd, mut accepted: impl FnMut(Stream)) -> io::Result<()> {
+    let listener = Stream::new(listener)?;
+    loop {
+        let connection = listener
+            .when_readable(|listener| {
+                accept_with(listener, SocketFlags::CLOEXEC).map_err(Into::into)
+            })
+            .await
+            .and_then(Stream::new);
+        match connection {
+            Ok(connection) => accepted(connection),
+            // The peer's fault, or a shortage that passes: the next connection has its own chance.
+            Err(error) => {
+                log::warn(&format!("accepting a stream: {error}"));
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+}
+
+/// The control connection, which tells when the host closes it.
+pub(crate) struct Connection {
+    stream: Stream,
+    closed: Option<oneshot::Sender<()>>,
+}
+
+impl Connection {
+    pub(crate) fn new(descriptor: OwnedFd) -> io::Result<(Self, oneshot::Receiver<()>)> {
+        let (sender, closed) = oneshot::channel();
+        Ok((
+            Self {
+                stream: Stream::new(descriptor)?,
+                closed: Some(sender),
+            },
+            closed,
+        ))
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let result = ready!(Pin::new(&mut self.stream).poll_read(context, buffer));
+        let end = buffer.remaining() > 0 && buffer.filled().len() == before;
+        if (end || result.is_err())
+            && let Some(closed) = self.closed.take()
+        {
+            // The receiver lives as long as the agent serves.
+            let _ = closed.send(());
+        }
+        Poll::Ready(result)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+/// A listener with this one connection and no other.
+pub(crate) fn once(connection: Connection) -> ttrpc::r#async::transport::Listener {
+    ttrpc::r#async::transport::Listener::new(futures::stream::iter([Ok(connection)]))
+}

@@ -1,0 +1,312 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! The real machine: the guest's kernel.
+
+pub mod boot;
+mod cgroup;
+mod copied;
+mod device_program;
+mod disk;
+mod mount;
+mod process;
+pub mod reaper;
+mod watch;
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use agent_proto::layout;
+use ids::{ContainerId, DiskSerial};
+use oci_process::Streams;
+use rustix::process::{Signal, pidfd_send_signal};
+use rustix::time::{ClockId, Timespec};
+
+pub use process::HELPER_ARGUMENT;
+pub use watch::MemoryWatch;
+
+use crate::Error;
+use crate::error::Context as _;
+use crate::plan::{ContainerPlan, DiskPlan, RootfsPlan, SandboxPlan};
+use crate::system::{Job, Launched, System};
+
+/// The guest.
+#[derive(Debug)]
+pub struct Linux {
+    disks: disk::Disks,
+    /// What each container has taken of the disks.
+    taken: Mutex<HashMap<ContainerId, Taken>>,
+    memory: MemoryWatch,
+}
+
+#[derive(Debug, Default)]
+struct Taken {
+    shared: Vec<DiskSerial>,
+    own_device: Option<String>,
+}
+
+impl Linux {
+    /// The machine, whose containers' memory events go to `memory`.
+    pub fn new(memory: MemoryWatch) -> Self {
+        Self {
+            disks: disk::Disks::default(),
+            taken: Mutex::default(),
+            memory,
+        }
+    }
+
+    fn taken(&self) -> std::sync::MutexGuard<'_, HashMap<ContainerId, Taken>> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn mount_rootfs(&self, id: &ContainerId, rootfs: &RootfsPlan) -> Result<(), Error> {
+        let place = PathBuf::from(layout::rootfs(id));
+        fs::create_dir_all(&place).step(|| format!("making {}", place.display()))?;
+        let layers = match rootfs {
+            RootfsPlan::Disk(disk) => {
+                let read_only =
+                    disk.fs_type == "erofs" || disk.options.iter().any(|option| option == "ro");
+                disk::mount(disk, &place, read_only)?;
+                self.taken()
+                    .entry(id.clone())
+                    .or_default()
+                    .own_device
+                    .clone_from(&disk.bind_device);
+                return Ok(());
+            }
+            RootfsPlan::Layered(layers) => layers,
+        };
+        let lower = layers
+            .iter()
+            .map(|layer| self.take_layer(id, layer))
+            .collect::<Result<Vec<_>, _>>()?;
+        let writable = writable_layer(id);
+        let (upper, work) = (writable.join("upper"), writable.join("work"));
+        for directory in [&upper, &work] {
+            fs::create_dir_all(directory).step(|| format!("making {}", directory.display()))?;
+            fs::set_permissions(directory, fs::Permissions::from_mode(0o755))
+                .step(|| format!("making {}", directory.display()))?;
+        }
+        mount::mount_overlay(
+            &lower,
+            &upper.to_string_lossy(),
+            &work.to_string_lossy(),
+            &place,
+        )
+    }
+
+    fn take_layer(&self, id: &ContainerId, layer: &DiskPlan) -> Result<String, Error> {
+        let place = self.disks.acquire(layer)?;
+        self.taken()
+            .entry(id.clone())
+            .or_default()
+            .shared
+            .push(layer.serial.clone());
+        Ok(place.to_string_lossy().into_owned())
+    }
+}
+
+fn writable_layer(id: &ContainerId) -> PathBuf {
+    Path::new(layout::SCRATCH_DIR)
+        .join("containers")
+        .join(id.as_str())
+}
+
+/// EmptyDirs on the scratch disk are made by the first container that mounts them, open to all as kubelet makes them.
+fn make_volumes(spec: &oci_spec::runtime::Spec) -> Result<(), Error> {
+    let volumes = Path::new(layout::SCRATCH_DIR).join("volumes");
+    for source in spec
+        .mounts()
+        .iter()
+        .flatten()
+        .filter_map(|mount| mount.source().as_ref())
+    {
+        let Ok(below) = source.strip_prefix(&volumes) else {
+            continue;
+        };
+        let plain = below
+            .components()
+            .all(|part| matches!(part, std::path::Component::Normal(_)));
+        if !plain {
+            return Err(Error::bad(
+                "spec.mounts",
+                format!("{} is no volume's place", source.display()),
+            ));
+        }
+        let mut here = volumes.clone();
+        for part in below.components() {
+            here.push(part);
+            let step = || format!("making the volume {}", here.display());
+            match fs::create_dir(&here) {
+                Ok(()) => {
+                    fs::set_permissions(&here, fs::Permissions::from_mode(0o777)).step(step)?
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                    let kind = fs::symlink_metadata(&here).step(step)?.file_type();
+                    if kind.is_symlink() {
+                        return Err(Error::bad(
+                            "spec.mounts",
+                            format!("{} is a link", here.display()),
+                        ));
+                    }
+                }
+                Err(error) => return Err(error).step(step),
+            }
+        }
+    }
+    Ok(())
+}
+
+impl System for Linux {
+    fn configure(&self, plan: &SandboxPlan) -> Result<(), Error> {
+        if let Some(name) = &plan.hostname {
+            rustix::system::sethostname(name.as_bytes())
+                .step(|| format!("setting the hostname {name}"))?;
+        }
+        if plan.wall_clock_ns != 0 {
+            let seconds = plan
+                .wall_clock_ns
+                .checked_div(1_000_000_000)
+                .and_then(|value| i64::try_from(value).ok());
+            let nanos = plan
+                .wall_clock_ns
+                .checked_rem(1_000_000_000)
+                .and_then(|value| i64::try_from(value).ok());
+            let time = Timespec {
+                tv_sec: seconds.unwrap_or(0),
+                tv_nsec: nanos.unwrap_or(0),
+            };
+            rustix::time::clock_settime(ClockId::Realtime, time)
+                .step(|| "setting the clock".to_owned())?;
+        }
+        if plan.shm_bytes != 0 {
+            boot::resize_shm(plan.shm_bytes)?;
+        }
+        for (key, value) in &plan.sysctls {
+            oci_process::write_sysctl(key, value)?;
+        }
+        let scratch = Path::new(layout::SCRATCH_DIR);
+        match &plan.scratch {
+            Some(disk) => disk::mount(disk, scratch, false)?,
+            // The folder is on the agent's tmpfs already.
+            None => fs::create_dir_all(scratch).step(|| format!("making {}", scratch.display()))?,
+        }
+        for folder in ["containers", "volumes"] {
+            let folder = scratch.join(folder);
+            fs::create_dir_all(&folder).step(|| format!("making {}", folder.display()))?;
+        }
+        Ok(())
+    }
+
+    fn make_container(&self, plan: &ContainerPlan) -> Result<(), Error> {
+        let id = &plan.key.container;
+        self.mount_rootfs(id, &plan.rootfs)?;
+        for (index, entries) in &plan.copied {
+            copied::write(Path::new(&layout::copied_mount(id, *index)), entries)?;
+        }
+        make_volumes(&plan.spec)?;
+        let resources = plan
+            .spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.resources().as_ref());
+        cgroup::make(id, resources)?;
+        let directory = cgroup::directory(id);
+        let cgroup =
+            fs::File::open(&directory).step(|| format!("opening {}", directory.display()))?;
+        let rules = resources
+            .and_then(|resources| resources.devices().as_deref())
+            .unwrap_or_default();
+        device_program::attach(&cgroup, rules)?;
+        self.memory.add(id, &directory);
+        Ok(())
+    }
+
+    fn launch(&self, job: Job<'_>, streams: Streams) -> Result<Box<dyn Launched>, Error> {
+        process::launch(job, streams)
+    }
+
+    fn signal(&self, process: &OwnedFd, signal: u32) -> Result<(), Error> {
+        let signal = to_signal(signal)?;
+        match pidfd_send_signal(process, signal) {
+            Err(rustix::io::Errno::SRCH) => Err(Error::NotFound {
+                what: "process",
+                id: "it has ended:".to_owned(),
+            }),
+            other => other.step(|| "sending a signal".to_owned()),
+        }
+    }
+
+    fn signal_all(&self, container: &ContainerId, signal: u32) -> Result<(), Error> {
+        if signal == libc::SIGKILL.unsigned_abs() {
+            return cgroup::kill(container);
+        }
+        let signal = to_signal(signal)?;
+        for pid in cgroup::processes(container)? {
+            let Some(pid) = i32::try_from(pid)
+                .ok()
+                .and_then(rustix::process::Pid::from_raw)
+            else {
+                continue;
+            };
+            match rustix::process::kill_process(pid, signal) {
+                Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+                other => other.step(|| format!("sending a signal to a process of {container}"))?,
+            }
+        }
+        Ok(())
+    }
+
+    fn processes(&self, container: &ContainerId) -> Result<Vec<u32>, Error> {
+        cgroup::processes(container)
+    }
+
+    fn oom_kills(&self, container: &ContainerId) -> u64 {
+        cgroup::oom_kills(container)
+    }
+
+    fn remove_container(&self, id: &ContainerId) -> Result<(), Error> {
+        cgroup::remove(id)?;
+        mount::unmount(Path::new(&layout::rootfs(id)))?;
+        for directory in [writable_layer(id), PathBuf::from(layout::container_dir(id))] {
+            match fs::remove_dir_all(&directory) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                other => other.step(|| format!("removing {}", directory.display()))?,
+            }
+        }
+        let taken = self.taken().remove(id).unwrap_or_default();
+        taken.own_device.as_deref().map_or(Ok(()), disk::unbind)?;
+        taken
+            .shared
+            .iter()
+            .map(|serial| self.disks.release(serial))
+            .fold(Ok(()), Result::and)
+    }
+
+    fn power_off(&self) {
+        boot::power_off();
+    }
+}
+
+fn to_signal(number: u32) -> Result<Signal, Error> {
+    let raw = i32::try_from(number).unwrap_or(0);
+    match Signal::from_named_raw(raw) {
+        Some(signal) => Ok(signal),
+        None if (32..=64).contains(&raw) => {
+            #[expect(
+                unsafe_code,
+                reason = "rustix has no checked constructor for realtime signals"
+            )]
+            // SAFETY: 32 to 64 are the kernel's realtime signals, valid to send.
+            Ok(unsafe { Signal::from_raw_unchecked(raw) })
+        }
+        None => Err(Error::bad(
+            "signal",
+            format!("is {number}, 1 to 64 are signals"),
+        )),
+    }
+}

@@ -1,0 +1,83 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! Processes, made by [`oci_process`] with the agent's own program as the helper.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use agent_proto::layout;
+use oci_process::Streams;
+
+use super::cgroup;
+use crate::Error;
+use crate::system::{Gate, Job, Launched};
+
+/// The program's argument that makes it a helper; its `main` looks for it.
+pub const HELPER_ARGUMENT: &str = "container-process";
+
+struct Waiting {
+    launched: oci_process::Launched,
+    handle: Arc<OwnedFd>,
+}
+
+struct Ready(oci_process::Ready);
+
+/// Makes the process of `job`.
+///
+/// # Errors
+/// [`Error::Process`].
+pub(super) fn launch(job: Job<'_>, streams: Streams) -> Result<Box<dyn Launched>, Error> {
+    let container = match job {
+        Job::Init { container, .. } | Job::Exec { container, .. } => container,
+    };
+    let how = oci_process::Job {
+        helper: (Path::new("/proc/self/exe"), HELPER_ARGUMENT),
+        cgroup: cgroup::directory(container),
+        streams,
+    };
+    let launched = match job {
+        Job::Init { container, spec } => oci_process::launch_init(
+            how,
+            container.as_str(),
+            spec,
+            Path::new(&layout::rootfs(container)),
+        )?,
+        Job::Exec {
+            spec,
+            init,
+            process,
+            ..
+        } => oci_process::launch_exec(how, spec, init, process.clone())?,
+    };
+    let handle = launched.pidfd().try_clone().map_err(|source| Error::Step {
+        step: "doubling a pidfd".to_owned(),
+        source,
+    })?;
+    Ok(Box::new(Waiting {
+        launched,
+        handle: Arc::new(handle),
+    }))
+}
+
+impl Launched for Waiting {
+    fn pid(&self) -> u32 {
+        self.launched.pid().as_raw_nonzero().get().unsigned_abs()
+    }
+
+    fn handle(&self) -> Arc<OwnedFd> {
+        self.handle.clone()
+    }
+
+    fn ready(self: Box<Self>) -> Result<(Box<dyn Gate>, Option<OwnedFd>), Error> {
+        let (ready, terminal) = self.launched.ready()?;
+        Ok((Box::new(Ready(ready)), terminal))
+    }
+}
+
+impl Gate for Ready {
+    fn start(self: Box<Self>) -> Result<(), Error> {
+        self.0.start().map_err(Into::into)
+    }
+}
