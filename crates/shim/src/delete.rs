@@ -27,7 +27,7 @@ use crate::socket::remove_socket;
 use crate::state_dir::{Leftovers, StateDir};
 
 /// How long a shim may take to end its VM and to report the exits. What is left of containerd's 5 s is for the rest.
-const TERM_LIMIT: Duration = Duration::from_millis(2500);
+const TERM_LIMIT: Duration = Duration::from_secs(2);
 
 /// How long a killed process may take to go.
 const KILL_LIMIT: Duration = Duration::from_secs(1);
@@ -38,15 +38,16 @@ const MAX_MOUNTS: usize = 64;
 /// Removes what is left of the container `args.id`, and answers containerd's `DeleteResponse`.
 pub(crate) fn delete(args: &ShimArgs, roots: &Roots) -> Result<Vec<u8>, ShimError> {
     let state = StateDir::of(&roots.state, &args.namespace, &args.id);
-    let mut pid = 0;
-    if let Some(left) = state
+    let left = state
         .take()
-        .map_err(ShimError::file("take away", state.path()))?
-    {
-        pid = left.shim.map_or(0, |shim| shim.pid);
-        remove_sandbox(&left)?;
-    }
+        .map_err(ShimError::file("take away", state.path()))?;
+    let pid = left
+        .as_ref()
+        .and_then(|left| left.shim)
+        .map_or(0, |shim| shim.pid);
+    let removed = left.as_ref().map_or(Ok(()), remove_sandbox);
     unmount_all(&bundle(args)?.join("rootfs"))?;
+    removed?;
     let mut response = DeleteResponse::new();
     response.pid = u32::try_from(pid).unwrap_or_default();
     response.exit_status = Exit::KILLED;
@@ -56,17 +57,19 @@ pub(crate) fn delete(args: &ShimArgs, roots: &Roots) -> Result<Vec<u8>, ShimErro
         .map_err(|error| ShimError::Output(error.into()))
 }
 
+/// Does all that can be done, and then says what could not.
 fn remove_sandbox(left: &Leftovers) -> Result<(), ShimError> {
-    let failed = ShimError::file("end the processes of", left.dir.path());
-    end(left.shim, Some(TERM_LIMIT))
-        .and_then(|()| end(left.vmm, None))
-        .map_err(failed)?;
-    for cgroup in &left.cgroups {
-        host_cgroup::remove(cgroup)?;
-    }
-    if let Some(socket) = &left.socket {
-        remove_socket(socket).map_err(ShimError::file("remove", socket))?;
-    }
+    let shim = end(left.shim, Some(TERM_LIMIT));
+    let vmm = end(left.vmm, None);
+    let cgroups = host_cgroup::remove(&left.cgroups);
+    let socket = left
+        .socket
+        .as_deref()
+        .map(|path| remove_socket(path).map_err(ShimError::file("remove", path)));
+    shim.and(vmm)
+        .map_err(ShimError::file("end the processes of", left.dir.path()))?;
+    cgroups?;
+    socket.transpose()?;
     left.dir
         .remove()
         .map_err(ShimError::file("remove", left.dir.path()))

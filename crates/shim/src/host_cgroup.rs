@@ -22,8 +22,8 @@ use rustix::process::{Pid, Signal, kill_process};
 /// Marks a cgroup that Coffer has made. `trusted.` attributes work in both cgroup versions and are root's alone.
 const MARK: &str = "trusted.coffer";
 
-/// How long teardown waits for killed processes to leave a cgroup.
-const EMPTY_LIMIT: Duration = Duration::from_secs(1);
+/// How long teardown waits for killed processes to leave their cgroups.
+const EMPTY_LIMIT: Duration = Duration::from_millis(500);
 
 /// How often it looks.
 const EMPTY_POLL: Duration = Duration::from_millis(5);
@@ -256,16 +256,24 @@ pub(crate) fn leave(cgroups: &[PathBuf]) -> Result<(), CgroupError> {
     Ok(())
 }
 
-/// Kills what is left in a cgroup that Coffer has made, and removes it together with the parents that Coffer has made and
-/// that are empty. Another's cgroup, or one that is gone, is left alone.
+/// Kills what is left in the cgroups that Coffer has made, and removes them together with the parents that Coffer has
+/// made and that are empty. Others' cgroups, and what is gone, are left alone.
 ///
 /// # Errors
-/// [`CgroupError::Io`] if it cannot be emptied in time.
-pub(crate) fn remove(cgroup: &Path) -> Result<(), CgroupError> {
+/// [`CgroupError::Io`] if one cannot be emptied in time; the others are gone then.
+pub(crate) fn remove(cgroups: &[PathBuf]) -> Result<(), CgroupError> {
+    let deadline = Instant::now().checked_add(EMPTY_LIMIT);
+    let mut removed = Ok(());
+    for cgroup in cgroups {
+        removed = removed.and(remove_one(cgroup, deadline));
+    }
+    removed
+}
+
+fn remove_one(cgroup: &Path, deadline: Option<Instant>) -> Result<(), CgroupError> {
     if !is_ours(cgroup) {
         return Ok(());
     }
-    let deadline = Instant::now().checked_add(EMPTY_LIMIT);
     loop {
         let empty = kill_all(cgroup)?;
         match fs::remove_dir(cgroup) {
@@ -414,7 +422,7 @@ mod tests {
             }
         }
         for cgroup in cgroups("a") {
-            remove(&cgroup.path()).unwrap();
+            remove(&[cgroup.path()]).unwrap();
             assert!(!cgroup.path().exists());
             assert!(
                 cgroup.path().parent().unwrap().exists(),
@@ -427,8 +435,8 @@ mod tests {
             "only its own processes are killed"
         );
         for cgroup in cgroups("b") {
-            remove(&cgroup.path()).unwrap();
-            remove(&cgroup.path()).unwrap();
+            remove(&[cgroup.path()]).unwrap();
+            remove(&[cgroup.path()]).unwrap();
             assert!(!cgroup.path().parent().unwrap().exists());
         }
         second.wait().unwrap();
@@ -442,7 +450,7 @@ mod tests {
         fs::create_dir(cgroup.path()).unwrap();
         let (mut child, pid) = sleeper();
         cgroup.join(pid).unwrap();
-        remove(&cgroup.path()).unwrap();
+        remove(&[cgroup.path()]).unwrap();
         assert!(cgroup.path().exists() && child.try_wait().unwrap().is_none());
         child.kill().unwrap();
         child.wait().unwrap();

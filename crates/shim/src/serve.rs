@@ -42,8 +42,8 @@ use crate::task_service::TaskService;
 /// How long the last answers may take to reach containerd.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
 
-/// How long the last events may take to reach containerd. `delete` gives the shim 2.5 s in all.
-const FLUSH_LIMIT: Duration = Duration::from_millis(1500);
+/// How long the last events may take to reach containerd. `delete` gives the shim 2 s in all.
+const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 /// A shim waits for most of its life; blocking work is a file here and a program there.
 const MAX_BLOCKING_THREADS: usize = 8;
@@ -229,9 +229,7 @@ impl Shim<'_> {
                         .map_err(ShimError::file("remove", socket))?;
                 }
                 host_cgroup::leave(&left.cgroups)?;
-                for cgroup in &left.cgroups {
-                    host_cgroup::remove(cgroup)?;
-                }
+                host_cgroup::remove(&left.cgroups)?;
                 left.dir
                     .remove()
                     .map_err(ShimError::file("remove", left.dir.path()))

@@ -187,10 +187,7 @@ fn join(cgroups: &[PodCgroup], state: &StateDir) -> Result<(), ShimError> {
 fn undo(socket: &Path, cgroups: &[PodCgroup], state: &StateDir) {
     let _left_for_delete = remove_socket(socket);
     let paths: Vec<PathBuf> = cgroups.iter().map(PodCgroup::path).collect();
-    let mut removed = host_cgroup::leave(&paths);
-    for path in &paths {
-        removed = removed.and_then(|()| host_cgroup::remove(path));
-    }
+    let removed = host_cgroup::leave(&paths).and_then(|()| host_cgroup::remove(&paths));
     if removed.is_ok() {
         let _left_for_delete = state.remove();
     }

@@ -32,6 +32,9 @@ const CGROUPS: &str = "cgroups.json";
 /// Between the id and the rest of the name of a directory that is being removed: no id has it.
 const REMOVED: &str = "..removed";
 
+/// How often the directory is made anew when the namespace's is removed meanwhile, with the last other sandbox in it.
+const CREATE_TRIES: u32 = 100;
+
 /// A sandbox's directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct StateDir {
@@ -53,10 +56,15 @@ impl StateDir {
 
     /// Makes it, for root alone. That it is there is not an error.
     pub(crate) fn create(&self) -> io::Result<()> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&self.path)
+        let mut create = DirBuilder::new();
+        create.recursive(true).mode(0o700);
+        for _ in 1..CREATE_TRIES {
+            match create.create(&self.path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                done => return done,
+            }
+        }
+        create.create(&self.path)
     }
 
     pub(crate) fn record_socket(&self, socket: &Path) -> io::Result<()> {
@@ -229,6 +237,28 @@ mod tests {
             dir.take().unwrap().unwrap().socket.as_deref(),
             Some(Path::new("/b"))
         );
+    }
+
+    #[test]
+    fn sandboxes_that_come_and_go_do_not_take_the_namespace_from_each_other() {
+        let root = tempfile::tempdir().unwrap();
+        let namespace = "k8s.io".parse().unwrap();
+        std::thread::scope(|scope| {
+            for number in 0..4 {
+                let dir = StateDir::of(
+                    root.path(),
+                    &namespace,
+                    &format!("p{number}").parse().unwrap(),
+                );
+                scope.spawn(move || {
+                    for _ in 0..200 {
+                        dir.create().unwrap();
+                        dir.record_socket(Path::new("/s")).unwrap();
+                        dir.take().unwrap().unwrap().dir.remove().unwrap();
+                    }
+                });
+            }
+        });
     }
 
     #[test]
