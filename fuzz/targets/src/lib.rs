@@ -15,6 +15,7 @@
 mod guest;
 mod input;
 mod virtio;
+mod vsock;
 
 pub use guest::Guest;
 pub use input::Input;
@@ -65,6 +66,14 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "vsock",
         run: virtio::vsock,
+    },
+    Target {
+        name: "vsock_connection",
+        run: vsock::connection,
+    },
+    Target {
+        name: "vsock_packet",
+        run: vsock::packet,
     },
 ];
 
