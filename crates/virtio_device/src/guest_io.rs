@@ -300,15 +300,22 @@ mod tests {
     }
 
     #[test]
-    fn more_iovecs_than_one_call_takes_all_arrive() {
+    fn more_iovecs_than_one_call_takes_all_arrive_in_order() {
         let mem = memory();
-        mem.write_slice(&[7; 0x1000], GuestAddress(0)).unwrap();
-        let segments: Vec<(u64, u32)> = (0..3000).map(|i| (i, 1)).collect();
+        let pattern: Vec<u8> = (0..3000u32).map(|i| (i / 7).to_le_bytes()[0]).collect();
+        mem.write_slice(&pattern, GuestAddress(0)).unwrap();
+        let single = |first: u64| buffers(&(0..3000).map(|i| (first + i, 1)).collect::<Vec<_>>());
         let file = tempfile::tempfile().unwrap();
-        let all = buffers(&segments);
-        let out = IoSlices::new(&mem, &all, 0, u32::MAX, Direction::FromGuest).unwrap();
-        out.drain_to_file(file.as_fd(), 0).unwrap();
-        assert_eq!(file.metadata().unwrap().len(), 3000);
+        let from = single(0);
+        let out = IoSlices::new(&mem, &from, 0, u32::MAX, Direction::FromGuest).unwrap();
+        out.drain_to_file(file.as_fd(), 5).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 3005);
+        let into = single(0x1000);
+        let back = IoSlices::new(&mem, &into, 0, u32::MAX, Direction::IntoGuest).unwrap();
+        back.fill_from_file(file.as_fd(), 5).unwrap();
+        let mut got = vec![0; 3000];
+        mem.read_slice(&mut got, GuestAddress(0x1000)).unwrap();
+        assert_eq!(got, pattern);
     }
 
     #[test]

@@ -525,6 +525,31 @@ fn ranges_at_the_caps_are_done_and_past_them_refused() {
 }
 
 #[test]
+fn range_at_the_cap_of_sectors_is_done_and_past_it_refused() {
+    let mut rig = rw();
+    rig.file.set_len(8 << 20).unwrap();
+    rig.block = Block::new(options(&rig.disk, Access::ReadWrite)).unwrap();
+    let queues = vec![queue_state(&rig.driver)];
+    let activation = activation(&rig.mem, queues, ALL, &rig.interrupt);
+    rig.worker = rig.block.activate(activation).unwrap().remove(0);
+    let range = |sectors| SectorRange {
+        sector: 1,
+        sectors,
+        flags: 1,
+    };
+    let at_cap = [range(MAX_WRITE_ZEROES_SECTORS)];
+    assert_eq!(
+        rig.ranges(RequestType::WRITE_ZEROES, &at_cap),
+        RequestStatus::OK
+    );
+    let past = [range(MAX_WRITE_ZEROES_SECTORS + 1)];
+    assert_eq!(
+        rig.ranges(RequestType::WRITE_ZEROES, &past),
+        RequestStatus::IOERR
+    );
+}
+
+#[test]
 fn zeroes_are_written_where_the_file_system_cannot_make_them() {
     // A memfd knows no FALLOC_FL_ZERO_RANGE.
     let file = nix::sys::memfd::memfd_create("disk", nix::sys::memfd::MFdFlags::empty()).unwrap();

@@ -4,9 +4,10 @@
 //! The console from the driver's side.
 
 use std::fs::File;
-use std::io::{Read, Seek};
+use std::io::{Read, Seek, Write};
 use std::sync::Arc;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use proptest::prelude::*;
 use virtio_testdriver::{ChainBuilder, TestDriver, TestMemory};
 use virtio_wire::Features;
@@ -77,6 +78,12 @@ impl Rig {
         );
     }
 
+    fn input_is_readable(&self) -> bool {
+        let (_, fd) = self.worker.sources()[0];
+        let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).unwrap() > 0
+    }
+
     fn counter(&self, name: &str) -> u64 {
         counter(&VirtioDevice::<Space>::metrics(&self.console), name)
     }
@@ -101,7 +108,7 @@ fn output_is_kept_in_order_and_buffers_come_back() {
 
 proptest! {
     #[test]
-    fn tail_is_the_end_of_all_output(lens in prop::collection::vec(0usize..40_000, 0..8)) {
+    fn tail_is_the_end_of_all_output(lens in prop::collection::vec(0usize..100_000, 0..8)) {
         let log = ConsoleLog::new(None);
         let mut all = Vec::new();
         for (i, len) in lens.into_iter().enumerate() {
@@ -145,6 +152,19 @@ fn file_that_fails_costs_the_file_only() {
 }
 
 #[test]
+fn file_that_failed_once_is_not_tried_again() {
+    let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_NONBLOCK).unwrap();
+    let (mut reader, mut writer) = (File::from(reader), File::from(writer));
+    while writer.write(&[b'-'; 4096]).is_ok() {}
+    let mut rig = rig_with(ConsoleLog::new(Some(LogFile::new(writer, u64::MAX))));
+    rig.print(b"does not fit");
+    while reader.read(&mut [0; 4096]).is_ok() {}
+    rig.print(b"would fit");
+    assert!(reader.read(&mut [0; 1]).is_err(), "nothing more is written");
+    assert_eq!(rig.counter("file_dropped_bytes"), 21);
+}
+
+#[test]
 fn request_at_the_cap_is_printed_and_past_it_retires_the_device() {
     let mut at_cap = rig();
     at_cap.transmit.add(
@@ -169,6 +189,10 @@ fn input_waits_for_buffers_and_buffers_for_input() {
     assert_eq!(input.send(b"ls -l\n"), 6);
     rig.input_event();
     assert!(rig.receive.pop_used().is_none());
+    assert!(
+        !rig.input_is_readable(),
+        "the event is taken, or the I/O thread would spin"
+    );
 
     let first = rig.offer(4);
     let second = rig.offer(16);
@@ -186,10 +210,19 @@ fn input_waits_for_buffers_and_buffers_for_input() {
         "no input, no empty answer"
     );
     input.send(b"x");
+    assert!(rig.input_is_readable());
     rig.input_event();
     assert_eq!(rig.receive.pop_used().unwrap().written, 1);
     assert_eq!(rig.mem.read(third, 1), b"x");
     assert_eq!(rig.counter("input_bytes"), 7);
+
+    input.send(b"y");
+    rig.input_event();
+    assert_eq!(
+        rig.receive.avail_event(),
+        3,
+        "the next buffer is to be kicked for"
+    );
 }
 
 #[test]
