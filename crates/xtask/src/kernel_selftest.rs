@@ -7,6 +7,7 @@
 //! `microvm` is the embedded driver's machine: virtio-mmio devices on the command line, an MPTABLE, no ACPI, no PCI.
 //! `q35` is Cloud Hypervisor's kind: PCI and ACPI.
 
+use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -27,7 +28,8 @@ struct Machine {
     name: &'static str,
     /// The transport's suffix of QEMU's device names.
     transport: &'static str,
-    arguments: &'static [&'static str],
+    /// Further arguments of QEMU, apart by spaces.
+    arguments: &'static str,
     command_line: &'static str,
     /// What the init must find: `selftest.have` in `kernel-config/selftest/src/devices.rs`.
     have: &'static str,
@@ -37,51 +39,153 @@ const MACHINES: [Machine; 2] = [
     Machine {
         name: "microvm",
         transport: "device",
-        arguments: &[
-            "-M",
-            "microvm,acpi=off,rtc=off,x-option-roms=off,auto-kernel-cmdline=on",
-            "-m",
-            "256M",
-        ],
+        arguments: "-m 256M -M microvm,acpi=off,x-option-roms=off,auto-kernel-cmdline=on",
         command_line: "acpi=off pci=off",
         have: "blk,net,console,rng,balloon,smp,noacpi",
     },
     Machine {
         name: "q35",
         transport: "pci",
-        arguments: &[
-            "-M",
-            "q35",
-            "-m",
-            "256M,maxmem=4G,slots=2",
-            "-object",
-            "memory-backend-ram,id=pmem,size=16M",
-            "-device",
-            "virtio-pmem-pci,memdev=pmem",
-            "-object",
-            "memory-backend-ram,id=mem,size=1G",
-            "-device",
-            "virtio-mem-pci,memdev=mem,requested-size=128M",
-        ],
+        arguments: "-M q35 -m 256M,maxmem=4G,slots=2 \
+            -object memory-backend-ram,id=pmem,size=16M -device virtio-pmem-pci,memdev=pmem \
+            -object memory-backend-ram,id=mem,size=1G -device virtio-mem-pci,memdev=mem,requested-size=128M",
         command_line: "",
         have: "blk,net,console,rng,balloon,mem,pmem,smp,acpi",
     },
 ];
 
-/// Boots `image` on each machine and checks what the init says.
+/// Boots `image` on each machine and checks what the init says, and what the kernel says when it panics.
 ///
 /// # Errors
 /// A check that failed (its line is in the error), or a kernel that does not come to the end of the checks.
 pub(crate) fn run(image: &Path) -> Result<()> {
     let folder = tempfile::tempdir().context("cannot create a temporary folder")?;
-    let initramfs = folder.path().join("initramfs");
-    write_initramfs(&initramfs)?;
-    for machine in MACHINES {
+    let bench = Bench::new(image, folder.path())?;
+    for machine in &MACHINES {
         step::step(&format!("guest kernel on {}", machine.name), || {
-            boot(&machine, image, &initramfs, folder.path())
+            judge(&bench.boot(machine, &format!("selftest.have={}", machine.have))?)
+        })?;
+        step::step(&format!("guest kernel panics on {}", machine.name), || {
+            let said = bench.boot(machine, "selftest.panic")?;
+            let told = said.console.contains("Kernel panic - not syncing");
+            ensure!(told, "the console does not tell of the panic:\n{said}");
+            Ok(())
         })?;
     }
     Ok(())
+}
+
+/// Every check ran, and none failed.
+fn judge(said: &Said) -> Result<()> {
+    let failed: Vec<&str> = said
+        .console
+        .lines()
+        .filter(|line| line.starts_with("FAIL "))
+        .collect();
+    ensure!(failed.is_empty(), "{}", failed.join("\n"));
+    let ended = |line: &str| line.starts_with("selftest: ") && line.ends_with(" 0 failed");
+    ensure!(
+        said.console.lines().any(ended),
+        "the checks do not come to their end:\n{said}"
+    );
+    Ok(())
+}
+
+/// What a machine wrote before it ended.
+struct Said {
+    /// hvc0.
+    console: String,
+    /// The serial port, which the kernel uses until hvc0 is there.
+    early: String,
+}
+
+impl fmt::Display for Said {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let last = process::last_lines(&self.console);
+        let early = process::last_lines(&self.early);
+        write!(to, "{last}\nbefore the console:\n{early}")
+    }
+}
+
+/// Files that each boot uses.
+struct Bench<'a> {
+    image: &'a Path,
+    folder: &'a Path,
+}
+
+impl<'a> Bench<'a> {
+    /// Makes an initramfs and a disk image in `folder`.
+    fn new(image: &'a Path, folder: &'a Path) -> Result<Self> {
+        let bench = Self { image, folder };
+        write_initramfs(&bench.file("initramfs"))?;
+        let tree = bench.file("tree");
+        fs::create_dir(&tree).with_context(|| format!("cannot create {}", tree.display()))?;
+        let hello = "hello from the image\n".repeat(10_000);
+        fs::write(tree.join("hello"), hello).context("cannot write the image's file")?;
+        let mut erofs = Command::new("mkfs.erofs");
+        process::output(erofs.arg("-zlz4hc").arg(bench.file("image")).arg(&tree))?;
+        Ok(bench)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Boots to the machine's end.
+    fn boot(&self, machine: &Machine, command_line: &str) -> Result<Said> {
+        let scratch = self.file("scratch");
+        let sized = File::create(&scratch).and_then(|file| file.set_len(64 << 20));
+        sized.with_context(|| format!("cannot make {}", scratch.display()))?;
+        let mut ext4 = Command::new("mke2fs");
+        process::output(
+            ext4.args(["-q", "-F", "-t", "ext4", "-O", "quota,project"])
+                .arg(&scratch),
+        )?;
+        let console = workspace::logs().join(format!("kernel-selftest-{}.log", machine.name));
+        process::logged(&mut self.qemu(machine, command_line), &console)?;
+        let read = |path: &Path| {
+            let bytes =
+                fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+            anyhow::Ok(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        Ok(Said {
+            console: read(&console)?,
+            early: read(&self.file("early"))?,
+        })
+    }
+
+    fn qemu(&self, machine: &Machine, command_line: &str) -> Command {
+        let device = |name: &str| format!("virtio-{name}-{}", machine.transport);
+        let mut qemu = Command::new("timeout");
+        qemu.arg(DEADLINE).arg("qemu-system-x86_64");
+        qemu.args("-accel tcg -cpu max -smp 2 -nodefaults -no-reboot -display none".split(' '));
+        qemu.args(machine.arguments.split(' '));
+        qemu.arg("-kernel").arg(self.image);
+        qemu.arg("-initrd").arg(self.file("initramfs"));
+        qemu.arg("-append").arg(format!(
+            "{COMMAND_LINE} {} {command_line}",
+            machine.command_line
+        ));
+        qemu.args(["-chardev", "stdio,id=console", "-device", &device("serial")]);
+        qemu.args(["-device", "virtconsole,chardev=console"]);
+        qemu.arg("-serial")
+            .arg(format!("file:{}", self.file("early").display()));
+        for (id, rest) in [("image", ",readonly=on"), ("scratch", "")] {
+            let file = self.file(id);
+            qemu.arg("-drive").arg(format!(
+                "if=none,format=raw,id={id},file={}{rest}",
+                file.display()
+            ));
+            qemu.arg("-device")
+                .arg(format!("{},drive={id}", device("blk")));
+        }
+        qemu.args(["-netdev", "user,id=net,restrict=on", "-device"])
+            .arg(device("net") + ",netdev=net");
+        qemu.arg("-device").arg(device("rng"));
+        qemu.arg("-device")
+            .arg(device("balloon") + ",free-page-reporting=on");
+        qemu
+    }
 }
 
 /// Builds the init, statically linked, and packs it as the only file of an initramfs.
@@ -117,119 +221,4 @@ fn write_initramfs(to: &Path) -> Result<()> {
     write()
         .map(drop)
         .with_context(|| format!("cannot write {}", to.display()))
-}
-
-/// Boots once and judges the console's output.
-fn boot(machine: &Machine, image: &Path, initramfs: &Path, folder: &Path) -> Result<()> {
-    let (image_disk, scratch_disk) = disks(folder)?;
-    let console = workspace::logs().join(format!("kernel-selftest-{}.log", machine.name));
-    let early = folder.join("early");
-    let device = |name: &str, rest: &str| format!("virtio-{name}-{}{rest}", machine.transport);
-    let disk = |id: &str, path: &Path, rest: &str| {
-        [
-            "-drive".to_owned(),
-            format!("if=none,format=raw,id={id},file={}{rest}", path.display()),
-        ]
-    };
-    let mut qemu = Command::new("timeout");
-    qemu.args([
-        DEADLINE,
-        "qemu-system-x86_64",
-        "-accel",
-        "tcg",
-        "-cpu",
-        "max",
-        "-smp",
-        "2",
-    ]);
-    qemu.args(["-nodefaults", "-no-reboot", "-display", "none"])
-        .args(machine.arguments);
-    qemu.arg("-kernel")
-        .arg(image)
-        .arg("-initrd")
-        .arg(initramfs)
-        .arg("-append");
-    qemu.arg(format!(
-        "{COMMAND_LINE} {} selftest.have={}",
-        machine.command_line, machine.have
-    ));
-    qemu.args([
-        "-chardev",
-        "stdio,id=console",
-        "-device",
-        &device("serial", ""),
-        "-device",
-        "virtconsole,chardev=console",
-    ]);
-    qemu.arg("-serial").arg(format!("file:{}", early.display()));
-    qemu.args(disk("image", &image_disk, ",readonly=on"))
-        .args(["-device", &device("blk", ",drive=image")]);
-    qemu.args(disk("scratch", &scratch_disk, ""))
-        .args(["-device", &device("blk", ",drive=scratch")]);
-    qemu.args([
-        "-netdev",
-        "user,id=net,restrict=on",
-        "-device",
-        &device("net", ",netdev=net"),
-    ]);
-    qemu.args([
-        "-device",
-        &device("rng", ""),
-        "-device",
-        &device("balloon", ",free-page-reporting=on"),
-    ]);
-
-    let ended = process::logged(&mut qemu, &console);
-    let said = fs::read(&console).with_context(|| format!("cannot read {}", console.display()))?;
-    let said = String::from_utf8_lossy(&said);
-    let failed: Vec<&str> = said
-        .lines()
-        .filter(|line| line.starts_with("FAIL "))
-        .collect();
-    ensure!(
-        failed.is_empty(),
-        "on {}:\n{}",
-        machine.name,
-        failed.join("\n")
-    );
-    let early = fs::read(&early).unwrap_or_default();
-    ended.with_context(|| {
-        format!(
-            "the first console said:\n{}",
-            process::last_lines(&String::from_utf8_lossy(&early))
-        )
-    })?;
-    ensure!(
-        said.lines()
-            .any(|line| line.starts_with("selftest: ") && line.ends_with(" 0 failed")),
-        "the checks did not come to their end on {}:\n{}",
-        machine.name,
-        process::last_lines(&said)
-    );
-    Ok(())
-}
-
-/// An EROFS image with the file `hello`, compressed, and an empty ext4 with quotas.
-fn disks(folder: &Path) -> Result<(PathBuf, PathBuf)> {
-    let tree = folder.join("tree");
-    fs::create_dir_all(&tree).with_context(|| format!("cannot create {}", tree.display()))?;
-    let hello = "hello from the image\n".repeat(10_000);
-    fs::write(tree.join("hello"), hello).context("cannot write the image's file")?;
-    let image = folder.join("image.erofs");
-    process::output(
-        Command::new("mkfs.erofs")
-            .arg("-zlz4hc")
-            .arg(&image)
-            .arg(&tree),
-    )?;
-    let scratch = folder.join("scratch.ext4");
-    File::create(&scratch)?
-        .set_len(64 << 20)
-        .context("cannot size the scratch disk")?;
-    process::output(
-        Command::new("mke2fs")
-            .args(["-q", "-F", "-t", "ext4", "-O", "quota,project"])
-            .arg(&scratch),
-    )?;
-    Ok((image, scratch))
 }

@@ -14,7 +14,7 @@ use nix::mount::{MsFlags, mount};
 use crate::Report;
 
 pub(crate) fn run(report: &mut Report) {
-    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let line = command_line();
     let promised = line
         .split_whitespace()
         .find_map(|word| word.strip_prefix("selftest.have="))
@@ -22,6 +22,11 @@ pub(crate) fn run(report: &mut Report) {
     for device in promised.split(',').filter(|device| !device.is_empty()) {
         report.check(&format!("device {device}"), check(device));
     }
+}
+
+/// The kernel's command line; empty if it cannot be read.
+pub(crate) fn command_line() -> String {
+    fs::read_to_string("/proc/cmdline").unwrap_or_default()
 }
 
 fn check(device: &str) -> Result<()> {
