@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime};
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::protobuf::{Message, MessageField};
+use ids::SandboxId;
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::Signal;
@@ -37,7 +38,7 @@ const MAX_MOUNTS: usize = 64;
 
 /// Removes what is left of the container `args.id`, and answers containerd's `DeleteResponse`.
 pub(crate) fn delete(args: &ShimArgs, roots: &Roots) -> Result<Vec<u8>, ShimError> {
-    let state = StateDir::of(&roots.state, &args.namespace, &args.id);
+    let state = StateDir::of(&roots.state, &args.namespace, &SandboxId::from(&args.id));
     let left = state
         .take()
         .map_err(ShimError::file("take away", state.path()))?;

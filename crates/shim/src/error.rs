@@ -45,6 +45,9 @@ pub(crate) enum ShimError {
         "sandbox {0} has no shim: its VM has ended, or container {0} was never started; start the pod anew"
     )]
     NoSandbox(SandboxId),
+    /// Two containerds have given out the same id.
+    #[error("sandbox {0} of another containerd runs on this node: use another id or namespace")]
+    OtherContainerd(SandboxId),
     /// The pod cannot be put into its cgroup.
     #[error("host cgroup")]
     Cgroup(#[from] CgroupError),

@@ -87,7 +87,7 @@ pub struct PodParts {
 pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(), ShimError> {
     let listener = take_listener()?;
     let bundle = bundle(args)?;
-    let state = StateDir::of(&roots.state, &args.namespace, &args.id);
+    let state = StateDir::of(&roots.state, &args.namespace, &SandboxId::from(&args.id));
     let config = read_config(args.config.as_deref());
     let level = match &config {
         _ if args.debug => Level::DEBUG,
@@ -171,8 +171,10 @@ impl Shim<'_> {
         let signals = Signals::new().map_err(server_error)?;
         detach(&self.state)?;
         let id = SandboxId::from(&self.args.id);
-        let address =
-            std::env::var(TTRPC_ADDRESS).unwrap_or_else(|_| format!("{}.ttrpc", self.args.address));
+        let address = std::env::var(TTRPC_ADDRESS)
+            .ok()
+            .filter(|address| !address.is_empty())
+            .unwrap_or_else(|| format!("{}.ttrpc", self.args.address));
         let publisher =
             Publisher::spawn(self.args.namespace.clone(), &address, Patience::default());
         let parts = node

@@ -48,11 +48,6 @@ const MAX_CONFIG_BYTES: u64 = 1 << 20;
 pub(crate) fn start(args: &ShimArgs, roots: &Roots, input: &[u8]) -> Result<Vec<u8>, ShimError> {
     let request = Request::decode(input, args.id.as_str(), args.namespace.as_str())?;
     let bundle_dir = bundle(args)?;
-    let config = request
-        .config_path()?
-        .map(PathBuf::from)
-        .or_else(|| args.config.clone());
-    read_config(config.as_deref())?;
     let bundle = read_bundle(&bundle_dir)?;
     let own = SandboxId::from(&args.id);
     let sandbox = match &bundle {
@@ -62,23 +57,24 @@ pub(crate) fn start(args: &ShimArgs, roots: &Roots, input: &[u8]) -> Result<Vec<
         // A sandbox that containerd's sandbox controller starts has no container of its own.
         None => own.clone(),
     };
-    let socket_dir = request
-        .socket_dir()
-        .map_or(roots.sockets.as_path(), Path::new);
-    let grpc_address = request.grpc_address().unwrap_or(&args.address);
-    let socket = socket_path(socket_dir, grpc_address, &args.namespace, &sandbox);
-
-    if sandbox == own {
+    let state = StateDir::of(&roots.state, &args.namespace, &sandbox);
+    let socket = if sandbox == own {
+        let config = request
+            .config_path()?
+            .map(PathBuf::from)
+            .or_else(|| args.config.clone());
+        read_config(config.as_deref())?;
         let leader = Leader {
             args,
             request: &request,
             config: config.as_deref(),
             bundle_dir: &bundle_dir,
+            state,
         };
-        leader.start(roots, &socket, bundle.as_ref())?;
-    } else if !is_served(&socket).map_err(ShimError::file("connect to", &socket))? {
-        return Err(ShimError::NoSandbox(sandbox));
-    }
+        leader.start(roots, bundle.as_ref())?
+    } else {
+        served(&state)?.ok_or(ShimError::NoSandbox(sandbox))?
+    };
     let address = socket_address(&socket);
     // containerd 1.x finds the shim by this file after a restart of its own.
     let file = bundle_dir.join("address");
@@ -89,46 +85,66 @@ pub(crate) fn start(args: &ShimArgs, roots: &Roots, input: &[u8]) -> Result<Vec<
         .map_err(|error| ShimError::Output(error.into()))
 }
 
+/// The socket that a sandbox's shim has recorded, if it still listens there. It is asked for rather than worked out anew,
+/// so that a containerd that gives its address in another form still finds its pods.
+fn served(state: &StateDir) -> Result<Option<PathBuf>, ShimError> {
+    let recorded = state
+        .socket()
+        .map_err(ShimError::file("read", state.path()))?;
+    let Some(socket) = recorded else {
+        return Ok(None);
+    };
+    let served = is_served(&socket).map_err(ShimError::file("connect to", &socket))?;
+    Ok(served.then_some(socket))
+}
+
 /// The `start` of a container that leads its sandbox.
 struct Leader<'a> {
     args: &'a ShimArgs,
     request: &'a Request,
     config: Option<&'a Path>,
     bundle_dir: &'a Path,
+    state: StateDir,
 }
 
 impl Leader<'_> {
-    fn start(
-        &self,
-        roots: &Roots,
-        socket: &Path,
-        bundle: Option<&Bundle>,
-    ) -> Result<(), ShimError> {
-        let Place::Free(listener) =
-            take_place(socket).map_err(ShimError::file("listen on", socket))?
-        else {
-            return Ok(());
+    fn start(&self, roots: &Roots, bundle: Option<&Bundle>) -> Result<PathBuf, ShimError> {
+        let sandbox = SandboxId::from(&self.args.id);
+        let dir = self.request.socket_dir().map(Path::new);
+        let grpc_address = self.request.grpc_address().unwrap_or(&self.args.address);
+        let socket = socket_path(
+            dir.unwrap_or(&roots.sockets),
+            grpc_address,
+            &self.args.namespace,
+            &sandbox,
+        );
+        if served(&self.state)?.is_some_and(|other| other != socket) {
+            return Err(ShimError::OtherContainerd(sandbox));
+        }
+        let listening = take_place(&socket).map_err(ShimError::file("listen on", &socket))?;
+        let Place::Free(listener) = listening else {
+            return Ok(socket);
         };
-        let state = StateDir::of(&roots.state, &self.args.namespace, &self.args.id);
         let cgroups_path = bundle
             .and_then(Bundle::cgroups_path)
             .filter(|path| !path.as_os_str().is_empty());
         let mut cgroups = Vec::new();
-        let started = state
+        let started = self
+            .state
             .create()
-            .and_then(|()| state.record_socket(socket))
-            .map_err(ShimError::file("make", state.path()))
+            .and_then(|()| self.state.record_socket(&socket))
+            .map_err(ShimError::file("make", self.state.path()))
             .and_then(|()| {
                 if let Some(path) = cgroups_path {
                     cgroups = host_cgroup::plan(&path.to_string_lossy())?;
                 }
-                join(&cgroups, &state)
+                join(&cgroups, &self.state)
             })
             .and_then(|()| self.spawn(listener));
         if started.is_err() {
-            undo(socket, &cgroups, &state);
+            undo(&socket, &cgroups, &self.state);
         }
-        started
+        started.map(|()| socket)
     }
 
     /// Runs this program as the shim: the listening socket is its standard input, and nothing of ours stays open in it.

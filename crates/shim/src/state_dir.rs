@@ -13,12 +13,14 @@
 //! Each file appears whole or not at all. `delete` moves the directory away before it reads it: a shim that has not
 //! recorded itself by then finds no directory and ends, so none escapes.
 
+use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use ids::{ContainerId, Namespace};
+use ids::{Namespace, SandboxId};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -43,7 +45,7 @@ pub(crate) struct StateDir {
 
 impl StateDir {
     /// The directory of sandbox `id` under `root`; it need not exist.
-    pub(crate) fn of(root: &Path, namespace: &Namespace, id: &ContainerId) -> Self {
+    pub(crate) fn of(root: &Path, namespace: &Namespace, id: &SandboxId) -> Self {
         Self {
             path: root.join(namespace.as_str()).join(id.as_str()),
         }
@@ -65,6 +67,12 @@ impl StateDir {
             }
         }
         create.create(&self.path)
+    }
+
+    /// Where the sandbox's shim listens, if that was recorded.
+    pub(crate) fn socket(&self) -> io::Result<Option<PathBuf>> {
+        let bytes = read_if_there(&self.path.join(SOCKET))?;
+        Ok(bytes.map(|bytes| PathBuf::from(OsString::from_vec(bytes))))
     }
 
     pub(crate) fn record_socket(&self, socket: &Path) -> io::Result<()> {
@@ -104,8 +112,7 @@ impl StateDir {
         }
         let dir = Self { path: away };
         Ok(Some(Leftovers {
-            socket: read_if_there(&dir.path.join(SOCKET))?
-                .map(|bytes| PathBuf::from(String::from_utf8_lossy(&bytes).into_owned())),
+            socket: dir.socket()?,
             shim: dir.recorded(SHIM)?,
             vmm: dir.recorded(VMM)?,
             cgroups: dir.recorded(CGROUPS)?.unwrap_or_default(),

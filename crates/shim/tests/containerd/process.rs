@@ -163,6 +163,24 @@ fn members_join_the_shim_of_their_sandbox() {
 }
 
 #[test]
+fn second_containerd_cannot_take_a_sandbox_of_the_same_name() {
+    let containerd = Containerd::new();
+    let bundle = containerd.plain_bundle("c1");
+    address(&containerd.start("c1", &bundle));
+    let shim = Watched::new(containerd.shim("c1"));
+    let mut params = containerd.bootstrap_params("c1");
+    params.containerd_grpc_address = "/run/other/containerd.sock".to_owned();
+    let said = complaint(&containerd.start_with("c1", &bundle, &params.write_to_bytes().unwrap()));
+    assert!(
+        said.contains("sandbox c1 of another containerd runs on this node"),
+        "{said}"
+    );
+    assert!(!shim.ended_within(Duration::ZERO));
+    containerd.delete("c1", &bundle);
+    assert_eq!(containerd.leftovers(), [] as [PathBuf; 0]);
+}
+
+#[test]
 fn bootstrap_params_are_answered_in_kind() {
     let containerd = Containerd::new();
     let bundle = containerd.plain_bundle("c1");
