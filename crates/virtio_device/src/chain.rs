@@ -64,7 +64,9 @@ impl Chain {
         };
         let mut nested = false;
         let mut next = head;
-        for _ in 0..rules.queue_size {
+        // The descriptor that names the table is no part of the chain's length: Linux fills a table as long as the queue.
+        let mut left = rules.queue_size;
+        loop {
             let descriptor = table.read(mem, next)?;
             if descriptor.refers_to_indirect_table() {
                 // §2.7.5.3.1: only if negotiated, never nested, never followed by more.
@@ -76,13 +78,13 @@ impl Chain {
                 next = 0;
                 continue;
             }
+            left = left.checked_sub(1).ok_or(ChainFault::TooLong)?;
             self.push(mem, &descriptor, rules.max_bytes)?;
             if !descriptor.has_next() {
                 return Ok(());
             }
             next = descriptor.next();
         }
-        Err(ChainFault::TooLong)
     }
 
     fn push<M: GuestMemory>(

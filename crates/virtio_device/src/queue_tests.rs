@@ -223,6 +223,14 @@ fn chain_of_queue_size_is_taken_and_one_more_is_too_long() {
     assert!(at_cap.pop().unwrap());
     assert_eq!(at_cap.chain.readable.segments().len(), 16);
 
+    let mut indirect = rig();
+    indirect.add(&chain.clone().indirect());
+    assert!(
+        indirect.pop().unwrap(),
+        "the table may be as long as the queue"
+    );
+    assert_eq!(indirect.chain.readable.segments().len(), 16);
+
     let mut past = rig();
     past.add(&chain.raw(DATA, 1, 0).indirect());
     assert_eq!(past.fault(), ChainFault::TooLong);
