@@ -21,7 +21,7 @@ pub mod cpu;
 pub mod devices;
 mod ends;
 mod error;
-mod jail;
+pub mod jail;
 pub mod layout;
 mod machine;
 pub mod memory;

@@ -277,6 +277,7 @@ impl Machine {
                 "device": transport.name(),
                 "status": transport.status().0,
                 "serial": self.disks.get(&index),
+                "error": transport.last_error(),
                 "counters": counters,
             }));
         });

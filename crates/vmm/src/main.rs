@@ -3,20 +3,26 @@
 
 //! `coffer-vmm`: one VM in a process of its own, started by the shim with the control socket as standard input.
 
-use std::os::fd::AsFd;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::exit;
 
-use vmm::ExitCode;
 use vmm::control::ControlSocket;
+use vmm::{ExitCode, jail};
 
 fn main() {
-    let Ok(socket) = std::io::stdin().as_fd().try_clone_to_owned() else {
-        eprintln!(
-            "coffer-vmm is started by containerd-shim-coffer-v2, with its control socket as standard input"
-        );
-        exit(i32::from(ExitCode::Usage as u8));
+    let code = match jail::at_start() {
+        Ok(()) => vmm::serve(control_socket()),
+        Err(error) => {
+            eprintln!("{}", error.chain());
+            ExitCode::Jail
+        }
     };
-    let code = vmm::serve(ControlSocket::from_fd(socket));
-    // Without unwinding the VM: the kernel takes everything back faster.
+    // Without taking the VM apart: the kernel does it faster.
     exit(i32::from(code as u8));
+}
+
+#[expect(unsafe_code, reason = "taking over standard input")]
+fn control_socket() -> ControlSocket {
+    // SAFETY: std has descriptor 0 open from the start, and nothing in this program reads standard input.
+    ControlSocket::from_fd(unsafe { OwnedFd::from_raw_fd(0) })
 }

@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use virtio_device::{Event, Progress, QueueState, Worker};
+use virtio_device::{DeviceError, Event, Progress, QueueState, Worker};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -251,7 +251,7 @@ impl Loop {
                 self.watches.insert(token, Watch { worker, event });
                 job.tokens.push(token);
             }
-            Err(_) => job.signals.set_needs_reset(),
+            Err(error) => job.signals.fail(&error),
         }
     }
 
@@ -317,16 +317,16 @@ impl Loop {
         match job.worker.handle(watch.event) {
             Ok(Progress::Idle) => {}
             Ok(Progress::More) => self.again.push_back(watch),
-            Err(_) => self.fail(watch.worker),
+            Err(error) => self.fail(watch.worker, &error),
         }
     }
 
     /// The device waits for its driver to reset it; until then nothing wakes this thread for it.
-    fn fail(&mut self, id: u64) {
+    fn fail(&mut self, id: u64, error: &DeviceError) {
         if let Some(mut job) = self.workers.remove(&id) {
             self.unwatch(&mut job);
             job.failed = true;
-            job.signals.set_needs_reset();
+            job.signals.fail(error);
             self.workers.insert(id, job);
         }
     }

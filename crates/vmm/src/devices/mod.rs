@@ -13,6 +13,8 @@
 mod bus;
 mod io_thread;
 mod signals;
+#[cfg(test)]
+mod tests;
 mod transport;
 
 use std::sync::Arc;

@@ -3,11 +3,13 @@
 
 //! What the I/O side of a device tells its driver: interrupts, and that it needs a reset.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_device::Interrupt;
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::error::chain_of;
 
 /// `InterruptStatus`: the used ring has new entries (virtio v1.3 §4.2.2).
 const USED_RING: u32 = 1;
@@ -23,6 +25,8 @@ pub struct Signals {
     pending: AtomicU32,
     generation: AtomicU32,
     needs_reset: AtomicBool,
+    /// Why it last needed one, for people.
+    error: Mutex<Option<String>>,
     line: Arc<EventFd>,
 }
 
@@ -34,6 +38,7 @@ impl Signals {
             pending: AtomicU32::new(0),
             generation: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
+            error: Mutex::new(None),
             line,
         }
     }
@@ -65,6 +70,22 @@ impl Signals {
     pub fn set_needs_reset(&self) {
         self.needs_reset.store(true, Ordering::SeqCst);
         self.signal_config_change();
+    }
+
+    /// The device has met `error`, and cannot go on until the driver resets it.
+    pub fn fail(&self, error: &dyn std::error::Error) {
+        *self.error() = Some(chain_of(error));
+        self.set_needs_reset();
+    }
+
+    /// The error that the device has met last, kept over resets.
+    #[must_use]
+    pub fn last_error(&self) -> Option<String> {
+        self.error().clone()
+    }
+
+    fn error(&self) -> MutexGuard<'_, Option<String>> {
+        self.error.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Back to nothing pending; the generation goes on.

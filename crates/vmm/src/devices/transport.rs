@@ -152,10 +152,10 @@ impl Transport {
         }
     }
 
-    /// Whether a driver has taken the device, or is about to.
+    /// Whether a driver has the device. One that lets go resets it and acknowledges its existence again, no more.
     #[must_use]
     pub fn is_in_use(&self) -> bool {
-        self.state.status != 0
+        DeviceStatus(self.state.status).contains(DeviceStatus::DRIVER)
     }
 
     /// Stops the workers and keeps their queues' positions; a later [`Transport::resume`] carries on.
@@ -226,6 +226,12 @@ impl Transport {
     #[must_use]
     pub fn name(&self) -> &'static str {
         self.parts.device.kind().name()
+    }
+
+    /// Why the device last needed a reset.
+    #[must_use]
+    pub fn last_error(&self) -> Option<String> {
+        self.parts.signals.last_error()
     }
 
     /// Counters of the device.
@@ -385,7 +391,7 @@ impl Transport {
                 self.parts.kicks.clone(),
                 Arc::clone(&self.parts.signals),
             ),
-            Err(_) => self.parts.signals.set_needs_reset(),
+            Err(error) => self.parts.signals.fail(&error),
         }
     }
 

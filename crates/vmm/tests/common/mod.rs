@@ -3,6 +3,12 @@
 
 //! A `coffer-vmm` process under test, driven by hand over its control socket.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "test support that panics on misuse"
+)]
+
 mod pvh_kernel;
 
 use std::fs::File;
@@ -14,7 +20,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use nix::sys::socket::MsgFlags;
 use vmm::boot::BootProtocol;
 use vmm::control::{
-    Answer, Call, Config, ControlSocket, Message, Received, Refusal, Request, parse_message,
+    Answer, Call, Config, ControlSocket, JailConfig, Message, Received, Refusal, Request,
+    parse_message,
 };
 
 pub use pvh_kernel::pvh_kernel;
@@ -58,7 +65,10 @@ pub fn config() -> Config {
         console_log: false,
         disks: Vec::new(),
         disk_slots: 24,
-        jail: None,
+        jail: Some(JailConfig {
+            uid: 64999,
+            gid: 64998,
+        }),
     }
 }
 
