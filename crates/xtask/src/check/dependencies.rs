@@ -80,6 +80,7 @@ const MAP: &[(&str, &[&str])] = &[
         &["ids", "virtio_device", "virtio_wire"],
     ),
     ("fuzz_smoke", TEST_ONLY),
+    ("fuzz_targets", TEST_ONLY),
     ("e2e", TEST_ONLY),
     ("xtask", &["kvm_probe"]),
 ];
@@ -92,6 +93,7 @@ const TEST_ONLY: &[&str] = &[
     "driver_conformance",
     "driver_embedded",
     "driver_fake",
+    "fuzz_targets",
     "hypervisor",
     "ids",
     "kvm_probe",
