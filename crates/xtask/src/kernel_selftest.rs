@@ -166,7 +166,9 @@ impl<'a> Bench<'a> {
             "{COMMAND_LINE} {} {command_line}",
             machine.command_line
         ));
-        qemu.args(["-chardev", "stdio,id=console", "-device", &device("serial")]);
+        // With one port its driver does not wait for messages of the device, so the console is there before init.
+        qemu.args(["-chardev", "stdio,id=console", "-device"])
+            .arg(device("serial") + ",max_ports=1");
         qemu.args(["-device", "virtconsole,chardev=console"]);
         qemu.arg("-serial")
             .arg(format!("file:{}", self.file("early").display()));
