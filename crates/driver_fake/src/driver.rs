@@ -260,7 +260,11 @@ impl RunningVm for FakeVm {
     }
 
     async fn attach_disk(&self, disk: Disk) -> Result<AttachedDisk, DriverError> {
-        self.script.enter("AttachDisk", disk.serial.as_str()).await;
+        // A real driver's call does not outlive its VM either.
+        tokio::select! {
+            () = self.script.enter("AttachDisk", disk.serial.as_str()) => {}
+            _ = self.wait() => {}
+        }
         self.alive()?;
         let mut disks = lock(&self.disks);
         if disks.len() >= usize::from(MAX_DISKS) {

@@ -60,6 +60,12 @@ impl SandboxError {
         self
     }
 
+    /// The same, as another kind.
+    pub(crate) fn of_kind(mut self, kind: SandboxErrorKind) -> Self {
+        self.kind = kind;
+        self
+    }
+
     /// What a caller decides by.
     pub fn kind(&self) -> SandboxErrorKind {
         self.kind

@@ -3,22 +3,44 @@
 
 //! Everything that a sandbox's owner task reads.
 
-use agent_client::TerminalSize;
-use ids::ContainerId;
-use task_state::{Exit, Pid, ProcessId};
+use std::any::Any;
+
+use agent_client::{AgentEvent, TerminalSize};
+use ids::{ContainerId, DiskSerial, Generation};
+use task_state::{Exit, Pid, ProcessId, Role};
 use tokio::sync::oneshot;
 
 use crate::error::SandboxError;
 use crate::request::{CreateTask, Deleted, ExecTask, KillScope, ProcessInfo, ProcessState};
+use crate::vm::Failure;
 
 /// Where the answer to a request goes. The caller may have gone away.
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, SandboxError>>;
 
 /// What the owner task reads, one at a time.
-#[derive(Debug)]
 pub(crate) enum Input {
     /// A caller asks.
     Request(Request),
+    /// A container was made, or not.
+    Created(ContainerId, Generation, Result<Made, SandboxError>),
+    /// A process was started, or not; an exec has a number of its own.
+    Started(ProcessId, Generation, Result<Option<Pid>, SandboxError>),
+    /// A process was let go of.
+    Removed(ProcessId, Generation),
+    /// The guest tells; the sender is waited for before it is asked again.
+    Guest(Vec<AgentEvent>, oneshot::Sender<()>),
+    /// The VM has ended, or never came up; its task is done.
+    VmGone(Failure),
+}
+
+/// A container that was made.
+pub(crate) struct Made {
+    pub(crate) role: Role,
+    pub(crate) pid: Pid,
+    /// Shares to give back when it is removed.
+    pub(crate) disks: Vec<DiskSerial>,
+    /// Undoes on drop what was made on the host.
+    pub(crate) guard: Box<dyn Any + Send>,
 }
 
 /// What a caller asks; see the methods of [`crate::SandboxHandle`].

@@ -1,16 +1,41 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! The one owner task of a pod.
+//! The one owner task of a pod: runs its VM and its tasks, and tells containerd.
+//!
+//! ```text
+//!  SandboxHandle ── Request ──┐                         ┌── TaskEvent ──> EventSink (in order)
+//!  the VM's task ── Input ────┼──> Owner ──> TaskTable ─┤
+//!  work (make, start, ...) ───┘      ^      (decides)   └── Effect ──> work, on tasks of its own
+//!                                    └───────────── Input ──────────────────┘
+//! ```
+//!
+//! * One task owns the sandbox and never waits; what takes time runs beside it and has a bound.
+//! * The VM is started with the sandbox, before any container is asked for.
+//! * Each phase of making a container undoes what it did if it fails or is told to stop. [`SandboxHandle::terminate`] ends
+//!   everything from any phase, any number of times, whoever has died before.
+//! * The VM ends when the sandbox container does, when the last task is deleted, or by itself; every task that lives
+//!   then exits with 137, once.
 #![forbid(unsafe_code)]
 
+mod convert;
+mod disks;
+mod dump;
+mod effects;
 mod error;
 mod event;
 mod handle;
 mod host;
 mod input;
 mod owner;
+mod phase;
+mod record;
 mod request;
+mod requests;
+#[cfg(test)]
+mod tests;
+mod vm;
+mod work;
 
 pub use agent_client::{StdioPaths, TerminalSize};
 pub use error::{SandboxError, SandboxErrorKind};

@@ -1,18 +1,31 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! The owner task.
+//! The owner task: reads one input at a time, asks the task table, and has done what the table says.
+//!
+//! The owner never waits. What takes time runs beside it and comes back as an [`Input`], so that `State`, `Kill` and
+//! `Wait` are answered promptly whatever the guest does.
 
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use agent_client::AgentEvent;
 use hypervisor::Driver;
-use ids::SandboxId;
+use ids::{ContainerId, SandboxId};
+use task_state::{Denied, DeniedCode, ProcessId, TaskTable, Ticket};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 
+use crate::convert;
+use crate::effects::Waiting;
+use crate::error::SandboxError;
 use crate::event::EventSink;
 use crate::handle::SandboxHandle;
 use crate::host::Host;
+use crate::input::{Input, Made};
+use crate::record::{ContainerRecord, ExecRecord};
+use crate::vm::{self, Failure, VmState};
 
 /// What a sandbox is made from.
 pub struct SandboxOptions {
@@ -55,13 +68,259 @@ impl Default for Deadlines {
     }
 }
 
+/// What the owner and the work beside it share.
+pub(crate) struct Shared {
+    pub(crate) id: SandboxId,
+    pub(crate) driver: Arc<dyn Driver>,
+    pub(crate) host: Arc<dyn Host>,
+    pub(crate) deadlines: Deadlines,
+    pub(crate) vm: watch::Sender<VmState>,
+    /// The sandbox is to end.
+    pub(crate) ending: watch::Sender<bool>,
+    inputs: mpsc::UnboundedSender<Input>,
+}
+
+impl Shared {
+    pub(crate) fn send(&self, input: Input) {
+        // The owner outlives all work; after it, nobody cares.
+        drop(self.inputs.send(input));
+    }
+
+    /// Waits until the sandbox is to end.
+    pub(crate) async fn ends(&self) {
+        // The sender is here, so there is no error.
+        drop(self.ending.subscribe().wait_for(|ending| *ending).await);
+    }
+
+    /// Waits until there is no VM.
+    pub(crate) async fn vm_ended(&self) {
+        let mut state = self.vm.subscribe();
+        drop(
+            state
+                .wait_for(|state| matches!(state, VmState::Failed(_)))
+                .await,
+        );
+    }
+}
+
 /// Starts a sandbox's owner task, and with it the VM. Must be called inside a tokio runtime.
-pub fn spawn(_options: SandboxOptions) -> SandboxHandle {
-    let (inputs, mut received) = mpsc::unbounded_channel();
+///
+/// The sandbox lives until [`SandboxHandle::shutdown`] finds it empty or [`SandboxHandle::terminate`] is called, and
+/// while it does, everything of it on the host is its own. Dropping the runtime kills the VM.
+pub fn spawn(options: SandboxOptions) -> SandboxHandle {
+    let (inputs, received) = mpsc::unbounded_channel();
     let (end, ended) = watch::channel(false);
+    let shared = Arc::new(Shared {
+        id: options.id,
+        driver: options.driver,
+        host: options.host,
+        deadlines: options.deadlines,
+        vm: watch::Sender::new(VmState::Starting),
+        ending: watch::Sender::new(false),
+        inputs: inputs.clone(),
+    });
+    let mut owner = Owner {
+        shared: Arc::clone(&shared),
+        events: options.events,
+        table: TaskTable::default(),
+        containers: BTreeMap::new(),
+        execs: BTreeMap::new(),
+        waiting: HashMap::new(),
+        last_ticket: 0,
+        work: JoinSet::new(),
+        failure: None,
+        closing: false,
+    };
+    owner.work.spawn(vm::run(shared));
     tokio::spawn(async move {
-        while received.recv().await.is_some() {}
+        owner.run(received).await;
+        drop(owner);
         end.send_replace(true);
     });
     SandboxHandle::new(inputs, ended)
+}
+
+pub(crate) struct Owner {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) events: Arc<dyn EventSink>,
+    pub(crate) table: TaskTable<SandboxError>,
+    pub(crate) containers: BTreeMap<ContainerId, ContainerRecord>,
+    pub(crate) execs: BTreeMap<ProcessId, ExecRecord>,
+    /// Requests whose answers come later.
+    pub(crate) waiting: HashMap<Ticket, Waiting>,
+    last_ticket: u64,
+    /// Everything that runs beside the owner, the VM's task included.
+    pub(crate) work: JoinSet<()>,
+    /// Why there is no VM, once there is none.
+    pub(crate) failure: Option<Failure>,
+    /// No task is left, or none matters any more: the end comes with the end of the work.
+    pub(crate) closing: bool,
+}
+
+impl Owner {
+    async fn run(&mut self, mut inputs: mpsc::UnboundedReceiver<Input>) {
+        loop {
+            tokio::select! {
+                biased;
+                input = inputs.recv() => {
+                    // The owner holds a sender of its own, so there is always an input to come.
+                    if let Some(input) = input {
+                        self.take(input);
+                    }
+                }
+                Some(_) = self.work.join_next() => {}
+            }
+            if self.closing && self.work.is_empty() && inputs.is_empty() {
+                return;
+            }
+        }
+    }
+
+    fn take(&mut self, input: Input) {
+        match input {
+            Input::Request(request) => self.request(request),
+            Input::Created(container, generation, result) => {
+                let result = result.map(|made| {
+                    let Made {
+                        role,
+                        pid,
+                        disks,
+                        guard,
+                    } = made;
+                    if let Some(record) = self.containers.get_mut(&container) {
+                        record.role = role;
+                        record.disks = disks;
+                        record.guard = Some(guard);
+                    }
+                    (role, pid)
+                });
+                self.feed(task_state::Input::Created {
+                    container: container.clone(),
+                    generation,
+                    result,
+                });
+                self.apply_late_size(&ProcessId::init(container));
+                self.forget();
+            }
+            Input::Started(process, generation, result) => {
+                self.feed(task_state::Input::Started {
+                    process: process.clone(),
+                    generation,
+                    result,
+                });
+                self.apply_late_size(&process);
+            }
+            Input::Removed(process, generation) => {
+                self.feed(task_state::Input::Removed {
+                    process,
+                    generation,
+                });
+                self.forget();
+                if self.table.is_empty() {
+                    self.end_vm();
+                }
+            }
+            Input::Guest(events, taken) => {
+                for event in events {
+                    self.guest_tells(event);
+                }
+                // The reader has gone if the VM has.
+                let _gone = taken.send(());
+            }
+            Input::VmGone(failure) => {
+                self.failure = Some(failure);
+                self.feed(task_state::Input::VmGone);
+            }
+        }
+    }
+
+    fn guest_tells(&mut self, event: AgentEvent) {
+        match event {
+            AgentEvent::Exited {
+                process,
+                status,
+                at,
+            } => {
+                tracing::info!(
+                    sandbox_id = self.shared.id.as_str(),
+                    container_id = process.container.as_str(),
+                    exec_id = process.exec.as_ref().map(|exec| exec.as_str()),
+                    status,
+                    "exited"
+                );
+                self.feed(task_state::Input::Exited {
+                    process: ProcessId {
+                        container: process.container,
+                        exec: process.exec,
+                    },
+                    generation: process.generation,
+                    exit: task_state::Exit { status, at },
+                });
+            }
+            AgentEvent::StreamEnded {
+                process,
+                kind,
+                bytes,
+            } => {
+                let id = ProcessId {
+                    container: process.container,
+                    exec: process.exec,
+                };
+                if let Some((generation, io)) = self.io(&id)
+                    && generation == process.generation
+                    && let Some(streams) = io.streams()
+                {
+                    streams.ended(kind, bytes);
+                }
+            }
+            AgentEvent::OutOfMemory(container) => {
+                self.feed(task_state::Input::OutOfMemory(container));
+            }
+        }
+    }
+
+    /// Tells the table what it cannot deny.
+    pub(crate) fn feed(&mut self, input: task_state::Input<SandboxError>) {
+        match self.table.step(SystemTime::now(), input) {
+            Ok(effects) => self.apply(effects),
+            Err(denied) => tracing::error!(%denied, "an outcome was denied"),
+        }
+    }
+
+    pub(crate) fn ticket(&mut self, waiting: Waiting) -> Ticket {
+        self.last_ticket = self.last_ticket.wrapping_add(1);
+        let ticket = Ticket(self.last_ticket);
+        self.waiting.insert(ticket, waiting);
+        ticket
+    }
+
+    /// A refusal in containerd's words; without a VM, with the reason for that.
+    pub(crate) fn denied(&self, denied: &Denied) -> SandboxError {
+        match (&self.failure, denied.code()) {
+            (Some(failure), DeniedCode::Unavailable) => {
+                convert::denied(denied).because(failure.report())
+            }
+            _ => convert::denied(denied),
+        }
+    }
+
+    /// Ends the VM, once.
+    pub(crate) fn end_vm(&mut self) {
+        if !self.shared.ending.send_replace(true) {
+            self.work.spawn(vm::end(Arc::clone(&self.shared)));
+        }
+    }
+
+    /// Drops the records of what the table no longer knows.
+    fn forget(&mut self) {
+        let table = &self.table;
+        self.containers.retain(|container, record| {
+            let view = table.view(&ProcessId::init(container.clone()));
+            view.is_some_and(|view| view.generation == record.generation)
+        });
+        self.execs.retain(|process, record| {
+            let view = table.view(process);
+            view.is_some_and(|view| view.generation == record.generation)
+        });
+    }
 }

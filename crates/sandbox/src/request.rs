@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use agent_client::StdioPaths;
 use ids::{ContainerId, ExecId};
+pub use task_state::KillScope;
 use task_state::{Exit, Pid, ProcessId, Status};
 
 /// containerd's `Create`.
@@ -46,15 +47,6 @@ pub struct ExecTask {
     pub process_json: Vec<u8>,
     /// Where the process's streams go.
     pub stdio: StdioPaths,
-}
-
-/// Whom a signal is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KillScope {
-    /// The process itself.
-    Process,
-    /// Every process of the container.
-    All,
 }
 
 /// containerd's answer to `State`.

@@ -118,6 +118,8 @@ impl<E> Step<'_, E> {
         match &mut process.state {
             State::Stopped(_) | State::Removing(_) => return Err(Denied::Finished(id)),
             State::Registered => return Err(Denied::NotStarted(id)),
+            // Only asks whether there is somebody, and there is.
+            _ if number == 0 => self.answer(ticket, Answer::Done),
             State::Creating { interrupted, .. } => {
                 if signal::ends_a_process(number) {
                     *interrupted = true;

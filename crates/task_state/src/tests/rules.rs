@@ -104,6 +104,18 @@ fn kill_of_a_number_that_is_no_signal_is_denied() {
 }
 
 #[test]
+fn signal_zero_asks_only_whether_the_process_lives() {
+    let mut world = with_exec();
+    world.kill(&init(), 0).unwrap();
+    world.kill(&exec(), 0).unwrap();
+    assert_eq!(world.signals, []);
+    assert_eq!(world.open_tickets.len(), 1, "the exec's start");
+    world.finish_all();
+    world.ends(&init(), 0);
+    assert_eq!(code(world.kill(&init(), 0)), DeniedCode::NotFound);
+}
+
+#[test]
 fn exec_needs_a_running_init() {
     let mut world = created();
     world.add_exec(&exec()).unwrap();

@@ -1,0 +1,94 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! What a sandbox looks like from inside, as JSON for people.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::time::timeout;
+
+use crate::input::Reply;
+use crate::owner::{Owner, Shared};
+use crate::vm::VmState;
+
+/// How long VMM and agent may take to describe themselves.
+const LIMIT: Duration = Duration::from_secs(2);
+
+/// What the owner knows by itself.
+pub(crate) fn own(owner: &Owner) -> Value {
+    let processes: Vec<Value> = owner
+        .table
+        .processes()
+        .map(|(process, view)| {
+            let streams = owner
+                .io(&process)
+                .and_then(|(_, io)| io.streams())
+                .map(|streams| streams.dump());
+            json!({
+                "container_id": process.container.as_str(),
+                "exec_id": process.exec.as_ref().map(|exec| exec.as_str()),
+                "generation": view.generation.0,
+                "pid": view.pid.get(),
+                "status": view.status.as_str(),
+                "phase": view.phase,
+                "exit_status": view.exit.map(|exit| exit.status),
+                "streams": streams,
+            })
+        })
+        .collect();
+    json!({
+        "sandbox_id": owner.shared.id.as_str(),
+        "processes": processes,
+        "requests_waiting": owner.waiting.len(),
+        "work_under_way": owner.work.len(),
+        "closing": owner.closing,
+    })
+}
+
+/// Adds what VMM and agent say, as far as they do, and answers.
+pub(crate) async fn answer(shared: Arc<Shared>, mut own: Value, reply: Reply<Value>) {
+    let state = shared.vm.borrow().clone();
+    let vm = match state {
+        VmState::Starting => json!({ "state": "starting" }),
+        VmState::Failed(failure) => json!({ "state": "failed", "reason": failure.report() }),
+        VmState::Launched(vm) => {
+            let vmm = timeout(LIMIT, vm.dump()).await;
+            json!({ "state": "launched", "vmm": described(vmm) })
+        }
+        VmState::Ready(guest) => {
+            let calls: Vec<Value> = guest
+                .agent
+                .pending()
+                .into_iter()
+                .map(|(method, since)| json!({ "method": method, "ms": since.as_secs_f64() * 1e3 }))
+                .collect();
+            let (vmm, agent) = tokio::join!(
+                timeout(LIMIT, guest.vm.dump()),
+                timeout(LIMIT, guest.agent.dump())
+            );
+            json!({
+                "state": "ready",
+                "vmm": described(vmm),
+                "agent": described(agent),
+                "calls_pending": calls,
+            })
+        }
+    };
+    if let Some(own) = own.as_object_mut() {
+        own.insert("vm".to_owned(), vm);
+    }
+    // The caller may have gone away.
+    drop(reply.send(Ok(own)));
+}
+
+fn described<E: std::fmt::Display>(
+    answer: Result<Result<String, E>, tokio::time::error::Elapsed>,
+) -> Value {
+    match answer {
+        Ok(Ok(text)) => serde_json::from_str(&text).unwrap_or(Value::String(text)),
+        Ok(Err(error)) => json!({ "error": error.to_string() }),
+        Err(_) => json!({ "error": "no answer" }),
+    }
+}

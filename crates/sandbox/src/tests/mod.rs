@@ -1,0 +1,10 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! Sandboxes over the fake driver: what containerd asks, what goes wrong, and what is left afterwards.
+
+mod boots;
+mod lives;
+mod phases;
+mod pod;
+mod streams;

@@ -1,0 +1,289 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! A sandbox over the fake driver, with everything around it.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use agent_proto::api;
+use driver_fake::{FakeDriver, FakeVm, Script, fake_spec};
+use hypervisor::{Disk, DiskAccess};
+use tempfile::TempDir;
+use tokio::sync::watch;
+
+use crate::{
+    ContainerKind, ContainerPlan, CreateTask, Deadlines, Deleted, EventSink, ExecTask, Exit,
+    GuestContainer, GuestDisk, GuestRootfs, Host, KillScope, Pid, PodPlan, ProcessId, SandboxError,
+    SandboxErrorKind, SandboxHandle, SandboxOptions, StdioPaths, TaskEvent, spawn,
+};
+
+/// The events so far, as short words: "created web", "exited web/probe 137".
+#[derive(Clone)]
+pub(super) struct Told(watch::Sender<Vec<String>>);
+
+impl EventSink for Told {
+    fn publish(&self, event: TaskEvent) {
+        let text = match event {
+            TaskEvent::Created { request, .. } => format!("created {}", request.container),
+            TaskEvent::Started { container, .. } => format!("started {container}"),
+            TaskEvent::ExecAdded { container, exec } => format!("added {container}/{exec}"),
+            TaskEvent::ExecStarted {
+                container, exec, ..
+            } => format!("started {container}/{exec}"),
+            TaskEvent::OutOfMemory { container } => format!("oom {container}"),
+            TaskEvent::Exited { process, exit, .. } => match process.exec {
+                None => format!("exited {} {}", process.container, exit.status),
+                Some(exec) => format!("exited {}/{exec} {}", process.container, exit.status),
+            },
+            TaskEvent::Deleted { container, .. } => format!("deleted {container}"),
+        };
+        self.0.send_modify(|told| told.push(text));
+    }
+}
+
+/// A container that the fake host knows.
+#[derive(Clone)]
+pub(super) enum Known {
+    Sandbox,
+    /// The guest's program, and the serial numbers of the rootfs's disks.
+    Guest(Vec<&'static str>, Vec<&'static str>),
+}
+
+pub(super) struct FakeHost {
+    known: Mutex<BTreeMap<String, Known>>,
+    /// What is made on the host and not undone yet.
+    pub(super) made: Arc<()>,
+}
+
+fn null() -> File {
+    File::open("/dev/null").unwrap()
+}
+
+fn spec(args: &[&str]) -> Vec<u8> {
+    serde_json::json!({ "process": { "args": args } })
+        .to_string()
+        .into_bytes()
+}
+
+impl Host for FakeHost {
+    fn plan_pod(&self) -> Result<PodPlan, SandboxError> {
+        Ok(PodPlan {
+            vm: fake_spec("pod".parse().unwrap()).unwrap(),
+            configure: api::ConfigureSandboxRequest {
+                hostname: "pod".to_owned(),
+                ..Default::default()
+            },
+            guard: Box::new(Arc::clone(&self.made)),
+        })
+    }
+
+    fn plan_container(&self, task: &CreateTask) -> Result<ContainerPlan, SandboxError> {
+        let known = self.known.lock().unwrap();
+        let known = known.get(task.container.as_str()).cloned();
+        let kind = match known {
+            None => {
+                return Err(SandboxError::new(
+                    SandboxErrorKind::InvalidArgument,
+                    "the bundle is no bundle",
+                ));
+            }
+            Some(Known::Sandbox) => ContainerKind::Sandbox,
+            Some(Known::Guest(args, serials)) => ContainerKind::Guest(GuestContainer {
+                spec_json: spec(&args),
+                rootfs: GuestRootfs::Layered(serials.into_iter().map(disk).collect()),
+                copied_mounts: Vec::new(),
+            }),
+        };
+        Ok(ContainerPlan {
+            kind,
+            guard: Box::new(Arc::clone(&self.made)),
+        })
+    }
+}
+
+fn disk(serial: &str) -> GuestDisk {
+    GuestDisk {
+        disk: Disk {
+            serial: serial.parse().unwrap(),
+            file: null(),
+            access: DiskAccess::ReadOnly,
+        },
+        fs_type: "erofs".to_owned(),
+        mount_options: vec!["ro".to_owned()],
+    }
+}
+
+pub(super) fn init(id: &str) -> ProcessId {
+    ProcessId::init(id.parse().unwrap())
+}
+
+pub(super) fn exec(id: &str, exec: &str) -> ProcessId {
+    ProcessId::exec(id.parse().unwrap(), exec.parse().unwrap())
+}
+
+pub(super) struct Pod {
+    pub(super) script: Script,
+    pub(super) driver: Arc<FakeDriver>,
+    pub(super) host: Arc<FakeHost>,
+    pub(super) told: Told,
+    pub(super) sandbox: SandboxHandle,
+    pub(super) dir: TempDir,
+}
+
+impl Pod {
+    pub(super) fn new(script: &Script) -> Self {
+        let driver = FakeDriver::new(script.clone());
+        let host = Arc::new(FakeHost {
+            known: Mutex::default(),
+            made: Arc::new(()),
+        });
+        let told = Told(watch::Sender::new(Vec::new()));
+        let sandbox = spawn(SandboxOptions {
+            id: "pod".parse().unwrap(),
+            driver: Arc::<FakeDriver>::clone(&driver),
+            host: Arc::<FakeHost>::clone(&host),
+            events: Arc::new(told.clone()),
+            deadlines: Deadlines::default(),
+        });
+        Self {
+            script: script.clone(),
+            driver,
+            host,
+            told,
+            sandbox,
+            dir: TempDir::new().unwrap(),
+        }
+    }
+
+    pub(super) fn vm(&self) -> Arc<FakeVm> {
+        self.driver.vms().remove(0)
+    }
+
+    pub(super) fn know(&self, id: &str, known: Known) {
+        self.host.known.lock().unwrap().insert(id.to_owned(), known);
+    }
+
+    pub(super) fn task(id: &str) -> CreateTask {
+        CreateTask {
+            container: id.parse().unwrap(),
+            bundle: PathBuf::from("/bundle"),
+            rootfs: Vec::new(),
+            stdio: StdioPaths::default(),
+        }
+    }
+
+    pub(super) async fn create_as(&self, id: &str, known: Known) -> Result<Pid, SandboxError> {
+        self.know(id, known);
+        self.sandbox.create(Self::task(id)).await
+    }
+
+    pub(super) async fn create(
+        &self,
+        id: &str,
+        args: &[&'static str],
+    ) -> Result<Pid, SandboxError> {
+        self.create_as(id, Known::Guest(args.to_vec(), vec!["layer"]))
+            .await
+    }
+
+    /// A container that runs.
+    pub(super) async fn run(&self, id: &str, args: &[&'static str]) {
+        self.create(id, args).await.unwrap();
+        self.start(&init(id)).await.unwrap();
+    }
+
+    pub(super) async fn start(&self, process: &ProcessId) -> Result<Pid, SandboxError> {
+        self.sandbox.start(process.clone()).await
+    }
+
+    pub(super) fn exec_task(process: &ProcessId, args: &[&str]) -> ExecTask {
+        let json = serde_json::json!({ "args": args, "cwd": "/", "user": { "uid": 0, "gid": 0 } });
+        ExecTask {
+            container: process.container.clone(),
+            exec: process.exec.clone().unwrap(),
+            process_json: json.to_string().into_bytes(),
+            stdio: StdioPaths::default(),
+        }
+    }
+
+    pub(super) async fn exec(
+        &self,
+        process: &ProcessId,
+        args: &[&str],
+    ) -> Result<Pid, SandboxError> {
+        self.sandbox.exec(Self::exec_task(process, args)).await?;
+        self.start(process).await
+    }
+
+    pub(super) async fn wait(&self, process: &ProcessId) -> u32 {
+        self.sandbox.wait(process.clone()).await.unwrap().status
+    }
+
+    pub(super) async fn kill(&self, process: &ProcessId, signal: u32) -> Result<(), SandboxError> {
+        self.sandbox
+            .kill(process.clone(), signal, KillScope::Process)
+            .await
+    }
+
+    pub(super) async fn delete(&self, process: &ProcessId) -> Result<Deleted, SandboxError> {
+        self.sandbox.delete(process.clone()).await
+    }
+
+    pub(super) fn events(&self) -> Vec<String> {
+        self.told.0.borrow().clone()
+    }
+
+    pub(super) async fn told(&self, event: &str) {
+        let mut told = self.told.0.subscribe();
+        told.wait_for(|told| told.iter().any(|each| each == event))
+            .await
+            .unwrap();
+    }
+
+    /// Paths of new FIFOs.
+    pub(super) fn fifo(&self, name: &str) -> String {
+        let path = self.dir.path().join(name);
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, mode).unwrap();
+        path.display().to_string()
+    }
+
+    /// The sandbox has ended, every VM too, and nothing of it is left on the host.
+    pub(super) async fn nothing_is_left(&self) {
+        self.sandbox.ended().await;
+        for vm in self.driver.vms() {
+            let exit = hypervisor::RunningVm::wait(&*vm).await;
+            drop(exit);
+        }
+        assert_eq!(Arc::strong_count(&self.host.made), 1, "a plan's guard");
+        let answer = self.sandbox.state(init("web")).await;
+        assert_eq!(
+            answer.unwrap_err().kind(),
+            SandboxErrorKind::Unavailable,
+            "after the end"
+        );
+    }
+
+    /// Deletes what is left, as containerd does, and shuts down.
+    pub(super) async fn clean_up(&self, ids: &[&str]) {
+        for id in ids {
+            match self.delete(&init(id)).await {
+                Ok(_) => {}
+                Err(error) => assert_eq!(error.kind(), SandboxErrorKind::NotFound, "{error}"),
+            }
+        }
+        self.sandbox.shutdown().await.unwrap();
+        self.nothing_is_left().await;
+    }
+}
+
+pub(super) fn kind<T: std::fmt::Debug>(result: Result<T, SandboxError>) -> SandboxErrorKind {
+    result.unwrap_err().kind()
+}
+
+pub(super) fn status(exit: Exit) -> u32 {
+    exit.status
+}
