@@ -32,12 +32,8 @@ const MAX_LINE: usize = 4096;
 /// Sends every event of this process at or above `level` to the FIFO at `fifo`, with `common` fields on every line.
 /// A second call changes nothing.
 pub(crate) fn init(fifo: PathBuf, level: Level, common: &[(&str, &str)]) {
-    let mut fields = String::new();
-    for (key, value) in common {
-        write_field(&mut fields, key, value);
-    }
     let layer = LogLayer {
-        fields,
+        common: common_fields(common),
         fifo: Fifo {
             path: fifo,
             open: Mutex::new(None),
@@ -79,8 +75,21 @@ impl Fifo {
 }
 
 struct LogLayer {
-    fields: String,
+    /// The beginning of each field, ` key=`, and the whole.
+    common: Vec<(String, String)>,
     fifo: Fifo,
+}
+
+fn common_fields(fields: &[(&str, &str)]) -> Vec<(String, String)> {
+    let whole = |key: &str, value: &str| {
+        let mut text = String::new();
+        write_field(&mut text, key, value);
+        text
+    };
+    let fields = fields.iter();
+    fields
+        .map(|(key, value)| (format!(" {key}="), whole(key, value)))
+        .collect()
 }
 
 /// The fields of a span, ready to be appended.
@@ -114,7 +123,11 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for LogLayer {
                 rest.push_str(text);
             }
         }
-        rest.push_str(&self.fields);
+        for (key, field) in &self.common {
+            if !rest.contains(key) {
+                rest.push_str(field);
+            }
+        }
         self.fifo
             .write(line(event.metadata(), &fields.message, &rest).as_bytes());
     }
@@ -207,10 +220,8 @@ mod tests {
     }
 
     fn layer(path: &Path) -> LogLayer {
-        let mut fields = String::new();
-        write_field(&mut fields, "sandbox_id", "pod1");
         LogLayer {
-            fields,
+            common: common_fields(&[("namespace", "n"), ("sandbox_id", "pod1")]),
             fifo: Fifo {
                 path: path.to_path_buf(),
                 open: Mutex::new(None),
@@ -244,7 +255,23 @@ mod tests {
         assert_eq!(
             rest,
             "level=warning msg=\"made a \\\"thing\\\"\" path=\"/a b\" elapsed_us=12 container_id=c1 code=7 \
-             sandbox_id=pod1\n"
+             namespace=n sandbox_id=pod1\n"
+        );
+    }
+
+    #[test]
+    fn field_that_an_event_has_is_not_repeated() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(dir.path());
+        let mut reader = reader(&path);
+        let subscriber = tracing_subscriber::registry().with(layer(&path));
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::info!(sandbox_id = "pod2", "mine");
+        });
+        let line = read(&mut reader);
+        assert!(
+            line.ends_with("msg=mine sandbox_id=pod2 namespace=n\n"),
+            "{line}"
         );
     }
 
