@@ -1,11 +1,12 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! Boots the guest kernel in QEMU's software emulation, on both kinds of machine that it must run on, with an init
+//! Boots the guest kernel in QEMU's software emulation, on the kinds of machine that it must run on, with an init
 //! that checks it from inside (`kernel-config/selftest`).
 //!
 //! `microvm` is the embedded driver's machine: virtio-mmio devices on the command line, an MPTABLE, no ACPI, no PCI.
-//! `q35` is Cloud Hypervisor's kind: PCI and ACPI.
+//! `microvm-acpi` is Cloud Hypervisor's kind: hardware-reduced ACPI, and PCI configured through memory.
+//! `q35` is a whole PC, with memory to plug in and persistent memory.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -20,7 +21,7 @@ use crate::{process, step, workspace};
 /// Seconds after which a machine that has not ended is killed; it takes 2 to 5.
 const DEADLINE: &str = "120";
 
-/// Command line of both machines: `reboot=t` makes the init's last act the end of QEMU (`-no-reboot`).
+/// Command line of all machines: `reboot=t` makes the init's last act the end of QEMU (`-no-reboot`).
 const COMMAND_LINE: &str = "console=hvc0 reboot=t quiet earlyprintk=ttyS0";
 
 /// A machine to boot on.
@@ -35,13 +36,20 @@ struct Machine {
     have: &'static str,
 }
 
-const MACHINES: [Machine; 2] = [
+const MACHINES: [Machine; 3] = [
     Machine {
         name: "microvm",
         transport: "device",
         arguments: "-m 256M -M microvm,acpi=off,x-option-roms=off,auto-kernel-cmdline=on",
         command_line: "acpi=off pci=off",
         have: "blk,net,console,rng,balloon,smp,noacpi",
+    },
+    Machine {
+        name: "microvm-acpi",
+        transport: "pci",
+        arguments: "-m 256M -M microvm,acpi=on,pcie=on,x-option-roms=off",
+        command_line: "",
+        have: "blk,net,console,rng,balloon,smp,acpi",
     },
     Machine {
         name: "q35",
