@@ -2,6 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! One connection with the host socket at its other end: what the machine decides is done here.
+//!
+//! A write to a socket whose other end has gone must fail and not kill: the process ignores SIGPIPE, as every Rust
+//! program does from its start.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, Write};
