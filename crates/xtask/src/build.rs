@@ -96,12 +96,32 @@ fn build_host_programs(dist: &Path) -> Result<()> {
 }
 
 fn build_initramfs(dist: &Path) -> Result<()> {
+    let made = initramfs("agent", "coffer-agent")?;
+    let size = fs::metadata(&made)
+        .context("cannot read the initramfs' size")?
+        .len();
+    if size > MAX_INITRAMFS {
+        bail!(
+            "the initramfs has {size} bytes, more than {MAX_INITRAMFS}; look for what the agent links"
+        );
+    }
+    install(&made, &dist.join("share/coffer/initramfs"))
+}
+
+/// An initramfs with nothing in it but a program of a package, as init.
+///
+/// # Errors
+/// When the program does not compile or the file cannot be written.
+pub(crate) fn initramfs(package: &str, program: &str) -> Result<PathBuf> {
     let mut cargo = cargo_static("build");
-    cargo.args(["--profile", "guest", "--bins", "-p", "agent"]);
-    process::logged(&mut cargo, &workspace::logs().join("agent.log"))?;
-    let agent = built("guest", "coffer-agent");
-    let init = fs::read(&agent).with_context(|| format!("cannot read {}", agent.display()))?;
-    let made = workspace::target().join("coffer/initramfs");
+    cargo.args(["--profile", "guest", "--bins", "-p", package]);
+    process::logged(
+        &mut cargo,
+        &workspace::logs().join(format!("{package}.log")),
+    )?;
+    let program = built("guest", program);
+    let init = fs::read(&program).with_context(|| format!("cannot read {}", program.display()))?;
+    let made = workspace::target().join(format!("coffer/initramfs-{package}"));
     let file = File::create(&made).with_context(|| format!("cannot create {}", made.display()))?;
     let mut archive = Archive::new(BufWriter::new(file));
     archive
@@ -112,15 +132,7 @@ fn build_initramfs(dist: &Path) -> Result<()> {
         .finish()?
         .into_inner()
         .context("cannot write the initramfs")?;
-    let size = fs::metadata(&made)
-        .context("cannot read the initramfs' size")?
-        .len();
-    if size > MAX_INITRAMFS {
-        bail!(
-            "the initramfs has {size} bytes, more than {MAX_INITRAMFS}; look for what the agent links"
-        );
-    }
-    install(&made, &dist.join("share/coffer/initramfs"))
+    Ok(made)
 }
 
 /// Cargo with the flags for static programs.

@@ -15,8 +15,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::cpio::Archive;
-use crate::{process, step, workspace};
+use crate::{build, process, step, workspace};
 
 /// Seconds after which a machine that has not ended is killed; it takes 2 to 5.
 const DEADLINE: &str = "120";
@@ -118,14 +117,18 @@ impl fmt::Display for Said {
 /// Files that each boot uses.
 struct Bench<'a> {
     image: &'a Path,
+    initramfs: PathBuf,
     folder: &'a Path,
 }
 
 impl<'a> Bench<'a> {
-    /// Makes an initramfs and a disk image in `folder`.
+    /// Makes the initramfs, and a disk image in `folder`.
     fn new(image: &'a Path, folder: &'a Path) -> Result<Self> {
-        let bench = Self { image, folder };
-        write_initramfs(&bench.file("initramfs"))?;
+        let bench = Self {
+            image,
+            initramfs: build::initramfs("kernel_selftest", "kernel_selftest")?,
+            folder,
+        };
         let tree = bench.file("tree");
         fs::create_dir(&tree).with_context(|| format!("cannot create {}", tree.display()))?;
         let hello = "hello from the image\n".repeat(10_000);
@@ -169,7 +172,7 @@ impl<'a> Bench<'a> {
         qemu.args("-accel tcg -cpu max -smp 2 -nodefaults -no-reboot -display none".split(' '));
         qemu.args(machine.arguments.split(' '));
         qemu.arg("-kernel").arg(self.image);
-        qemu.arg("-initrd").arg(self.file("initramfs"));
+        qemu.arg("-initrd").arg(&self.initramfs);
         qemu.arg("-append").arg(format!(
             "{COMMAND_LINE} {} {command_line}",
             machine.command_line
@@ -196,39 +199,4 @@ impl<'a> Bench<'a> {
             .arg(device("balloon") + ",free-page-reporting=on");
         qemu
     }
-}
-
-/// Builds the init, statically linked, and packs it as the only file of an initramfs.
-fn write_initramfs(to: &Path) -> Result<()> {
-    let target = "x86_64-unknown-linux-gnu";
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args([
-        "build",
-        "--quiet",
-        "--package",
-        "kernel_selftest",
-        "--profile",
-        "guest",
-        "--target",
-        target,
-    ]);
-    cargo
-        .current_dir(workspace::root())
-        .env("RUSTFLAGS", "-C target-feature=+crt-static");
-    process::output(&mut cargo)?;
-    let program = workspace::target()
-        .join(target)
-        .join("guest/kernel_selftest");
-    let program =
-        fs::read(&program).with_context(|| format!("cannot read {}", program.display()))?;
-    let write = || {
-        let mut archive = Archive::new(File::create(to)?);
-        archive.directory("dev")?;
-        archive.character_device("dev/console", 5, 1)?;
-        archive.file("init", 0o755, &program)?;
-        archive.finish()
-    };
-    write()
-        .map(drop)
-        .with_context(|| format!("cannot write {}", to.display()))
 }

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use crate::node::{Job, Machine, Place, Work};
 use crate::step::step;
 use crate::tally::{Outcome, Tally};
-use crate::{build, check, images, process, workspace};
+use crate::{build, check, images, kernel, kernel_selftest, process, workspace};
 
 /// The longest time for the tests of all crates, compilation included.
 const CRATE_TESTS_LIMIT: Duration = Duration::from_secs(20 * 60);
@@ -30,6 +30,9 @@ pub(crate) struct Arguments {
     /// Only the tests that run in the node.
     #[arg(long)]
     only_node: bool,
+    /// Take the built programs as they are.
+    #[arg(long)]
+    no_build: bool,
     /// Only tests of the end-to-end suite whose names contain this.
     #[arg(long, default_value = "")]
     filter: String,
@@ -43,7 +46,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let place = thread::scope(|scope| {
         // Waits for a network, so beside the build, which waits for the processor.
         let software = scope.spawn(images::software);
-        build::run()?;
+        if !arguments.no_build {
+            build::run()?;
+        }
         let software = software
             .join()
             .map_err(|_| anyhow::anyhow!("making the images panicked"))??;
@@ -55,6 +60,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     if !arguments.only_node {
         sum += check::run()?;
         sum += test_crates()?;
+        sum += test_kernel();
     }
     let node = test_in_node(&place, &programs, &arguments.filter)?;
     // A test that is ignored on the machine because it needs KVM has now run.
@@ -71,6 +77,17 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// The guest kernel's self test, under emulation on this machine.
+fn test_kernel() -> Tally {
+    match kernel::build().and_then(|image| kernel_selftest::run(&image)) {
+        Ok(()) => Tally::one(Outcome::Passed),
+        Err(error) => {
+            eprintln!("{error:#}");
+            Tally::one(Outcome::Failed)
+        }
+    }
 }
 
 /// Unit and component tests of every crate, on this machine.
