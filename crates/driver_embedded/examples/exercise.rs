@@ -128,7 +128,8 @@ async fn main() {
     let data = vec![7u8; 64 << 20];
     let mut back = vec![0; data.len()];
     let (written, received) = tokio::join!(write.write_all(&data), read.read_exact(&mut back));
-    (written.unwrap(), received.unwrap());
+    written.unwrap();
+    received.unwrap();
     println!(
         "echo of 64 MiB equal: {} in {:?}",
         back == data,

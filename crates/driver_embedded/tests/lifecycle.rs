@@ -3,6 +3,8 @@
 
 //! The driver with real VMM processes and guests of a few instructions, which run on any KVM. Needs `/dev/kvm`.
 
+#![expect(clippy::unwrap_used, reason = "a test")]
+
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};

@@ -9,8 +9,11 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use ids::{GuestCid, Mib, VcpuCount, VsockPort};
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_bindings::{
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_PMU_CAP_DISABLE, kvm_cpuid_entry2,
+    kvm_enable_cap, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use virtio_device::VirtioDevice;
 use virtio_device::balloon::{Backing, Balloon, MemoryRelease};
 use virtio_device::block::{Access, Block, BlockOptions, FileDisk};
@@ -39,6 +42,8 @@ const CONSOLE_LOG_BYTES: u64 = 16 << 20;
 /// Request queues of a disk: one thread serves all of them.
 const DISK_QUEUES: u16 = 1;
 
+/// Bit of KVM_CAP_PMU_CAPABILITY that says that the counters can be disabled.
+const PMU_DISABLE: i32 = 1;
 /// Connections in a dump, which must fit a control message.
 const MAX_DUMPED_CONNECTIONS: usize = 64;
 
@@ -459,10 +464,22 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, VmmError> {
         .map_err(VmmError::kvm("set the TSS address"))?;
     vm.create_irq_chip()
         .map_err(VmmError::kvm("create the interrupt controllers"))?;
-    if vm.check_extension(Cap::X86MsrFilter) {
-        msr::filter(&vm)?;
-    }
+    disable_pmu(&vm)?;
     Ok(vm)
+}
+
+/// The guest's performance counters, which CPUID hides, also lose their registers.
+fn disable_pmu(vm: &VmFd) -> Result<(), VmmError> {
+    if vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into()) & PMU_DISABLE == 0 {
+        return Ok(()); // KVM older than 5.18, where CPUID alone has to do
+    }
+    let mut cap = kvm_enable_cap {
+        cap: KVM_CAP_PMU_CAPABILITY,
+        ..Default::default()
+    };
+    cap.args = [u64::from(KVM_PMU_CAP_DISABLE), 0, 0, 0];
+    vm.enable_cap(&cap)
+        .map_err(VmmError::kvm("take the performance counters away"))
 }
 
 #[expect(unsafe_code, reason = "gives KVM the addresses of guest memory")]

@@ -25,7 +25,12 @@ use crate::{End, Ends, ExitCode, VmmError, jail};
 pub fn serve(socket: ControlSocket) -> ExitCode {
     let socket = Arc::new(socket);
     match start(&socket) {
-        Ok(Some(server)) => server.run(),
+        Ok(Some(mut server)) => {
+            let code = server.run();
+            // The process ends now, and the kernel takes the VM apart.
+            std::mem::forget(server);
+            code
+        }
         Ok(None) => ExitCode::Orphaned,
         Err(error) => end(&socket, error.exit_code(), error.chain(), String::new()),
     }
@@ -212,7 +217,7 @@ fn reply(
 }
 
 impl Server {
-    fn run(mut self) -> ExitCode {
+    fn run(&mut self) -> ExitCode {
         loop {
             let next = self.wait().and_then(|(ended, called)| {
                 if ended {

@@ -114,6 +114,26 @@ fn message_that_is_none_ends_the_process() {
     assert!(text.contains("control message cannot be read"), "{text}");
 }
 
+/// Writes a running number to every word of all register windows and beyond, reading each back, and resets.
+const GARBAGE: &[u8] = &[
+    0xbf, 0x00, 0x00, 0x00, 0xd0, // mov edi, 0xd0000000
+    0x89, 0x07, // mov [edi], eax
+    0x8b, 0x0f, // mov ecx, [edi]
+    0x05, 0xb9, 0x79, 0x37, 0x9e, // add eax, 0x9e3779b9
+    0x83, 0xc7, 0x04, // add edi, 4
+    0x81, 0xff, 0x00, 0xe0, 0x01, 0xd0, // cmp edi, 0xd001e000
+    0x72, 0xec, // jb to the first write
+    0x0f, 0x0b, // ud2
+];
+
+#[test]
+fn guest_that_writes_garbage_to_every_register_only_ends_itself() {
+    let (mut vmm, result) = Vmm::start(&config(), &files(&pvh_kernel(GARBAGE)));
+    assert_eq!(result, Ok(Answer::Done));
+    let (code, text, _) = vmm.end();
+    assert_eq!((code, text.as_str()), (0, "the guest shut down"));
+}
+
 #[test]
 fn several_vcpus_start_pause_and_resume() {
     let mut config = config();

@@ -224,7 +224,7 @@ fn queue_outside_memory_needs_a_reset() {
     let rig = Rig::new();
     rig.add_status(DeviceStatus::ACKNOWLEDGE | DeviceStatus::DRIVER);
     rig.accept(Features::VERSION_1);
-    rig.set_up_queue(u64::MAX & !15);
+    rig.set_up_queue(!15);
     rig.add_status(DeviceStatus::DRIVER_OK);
     assert!(rig.status().contains(DeviceStatus::NEEDS_RESET));
 }

@@ -24,29 +24,29 @@ use vmm::control::{
     parse_message,
 };
 
-pub use pvh_kernel::pvh_kernel;
+pub(crate) use pvh_kernel::pvh_kernel;
 
 /// A running VMM; killed on drop.
-pub struct Vmm {
-    pub child: Child,
-    pub socket: Option<ControlSocket>,
+pub(crate) struct Vmm {
+    pub(crate) child: Child,
+    pub(crate) socket: Option<ControlSocket>,
     next_id: u64,
 }
 
 /// What a VMM is started with besides its configuration.
-pub struct Files {
-    pub kernel: File,
-    pub initramfs: File,
-    pub disks: Vec<File>,
+pub(crate) struct Files {
+    pub(crate) kernel: File,
+    pub(crate) initramfs: File,
+    pub(crate) disks: Vec<File>,
 }
 
-pub fn file_with(content: &[u8]) -> File {
+pub(crate) fn file_with(content: &[u8]) -> File {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(content).unwrap();
     file
 }
 
-pub fn files(kernel: &[u8]) -> Files {
+pub(crate) fn files(kernel: &[u8]) -> Files {
     Files {
         kernel: file_with(kernel),
         initramfs: file_with(b""),
@@ -54,7 +54,7 @@ pub fn files(kernel: &[u8]) -> Files {
     }
 }
 
-pub fn config() -> Config {
+pub(crate) fn config() -> Config {
     Config {
         vcpus: 1,
         memory_mib: 128,
@@ -73,7 +73,7 @@ pub fn config() -> Config {
 }
 
 impl Vmm {
-    pub fn spawn() -> Self {
+    pub(crate) fn spawn() -> Self {
         let (ours, theirs) = ControlSocket::pair().unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_coffer-vmm"))
             .stdin(Stdio::from(theirs.into_fd()))
@@ -87,7 +87,7 @@ impl Vmm {
     }
 
     /// Spawns a VMM and starts the VM.
-    pub fn start(config: &Config, files: &Files) -> (Self, Result<Answer, Refusal>) {
+    pub(crate) fn start(config: &Config, files: &Files) -> (Self, Result<Answer, Refusal>) {
         let mut vmm = Self::spawn();
         let directory = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(directory.path().join("vsock")).unwrap();
@@ -108,7 +108,7 @@ impl Vmm {
         (vmm, result)
     }
 
-    pub fn send(&mut self, request: Request, fds: &[BorrowedFd<'_>]) -> u64 {
+    pub(crate) fn send(&mut self, request: Request, fds: &[BorrowedFd<'_>]) -> u64 {
         let id = self.next_id;
         self.next_id += 1;
         let socket = self.socket.as_ref().unwrap();
@@ -118,7 +118,7 @@ impl Vmm {
         id
     }
 
-    pub fn receive(&self) -> Option<Message> {
+    pub(crate) fn receive(&self) -> Option<Message> {
         match self
             .socket
             .as_ref()
@@ -131,7 +131,11 @@ impl Vmm {
         }
     }
 
-    pub fn call(&mut self, request: Request, fds: &[BorrowedFd<'_>]) -> Result<Answer, Refusal> {
+    pub(crate) fn call(
+        &mut self,
+        request: Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Answer, Refusal> {
         let sent = self.send(request, fds);
         loop {
             match self.receive() {
@@ -146,7 +150,7 @@ impl Vmm {
     }
 
     /// The last message, and how the process ended.
-    pub fn end(&mut self) -> (u8, String, ExitStatus) {
+    pub(crate) fn end(&mut self) -> (u8, String, ExitStatus) {
         loop {
             match self.receive() {
                 Some(Message::Ended { code, text, .. }) => {
