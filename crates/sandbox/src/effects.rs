@@ -81,7 +81,17 @@ impl Owner {
                 pid,
             },
             Event::OutOfMemory(container) => TaskEvent::OutOfMemory { container },
-            Event::Exited(process, pid, exit) => TaskEvent::Exited { process, pid, exit },
+            Event::Exited(process, pid, exit) => {
+                // Once for each process, whatever the guest tells.
+                tracing::info!(
+                    sandbox_id = self.shared.id.as_str(),
+                    container_id = process.container.as_str(),
+                    exec_id = process.exec.as_ref().map(|exec| exec.as_str()),
+                    exit_status = exit.status,
+                    "exited"
+                );
+                TaskEvent::Exited { process, pid, exit }
+            }
             Event::Deleted(container, pid, exit) => TaskEvent::Deleted {
                 container,
                 pid,

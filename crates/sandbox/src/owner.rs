@@ -241,13 +241,6 @@ impl Owner {
                 status,
                 at,
             } => {
-                tracing::info!(
-                    sandbox_id = self.shared.id.as_str(),
-                    container_id = process.container.as_str(),
-                    exec_id = process.exec.as_ref().map(|exec| exec.as_str()),
-                    status,
-                    "exited"
-                );
                 self.feed(task_state::Input::Exited {
                     process: ProcessId {
                         container: process.container,

@@ -218,7 +218,7 @@ async fn boot(
     let hello = agent.hello();
     tracing::info!(
         sandbox_id = shared.id.as_str(),
-        kernel = hello.kernel_release,
+        kernel = ?hello.kernel_release,
         agent_started_us = hello.agent_started_ns.wrapping_div(1000),
         agent_ready_us = hello.agent_ready_ns.wrapping_div(1000),
         "the guest is up"
@@ -293,14 +293,14 @@ async fn until_the_end(shared: &Shared, guest: &Guest) -> VmExit {
             exit
         }
         error = &mut events => {
-            let ending = timeout(shared.deadlines.shutdown, guest.vm.wait()).await;
-            match ending {
-                Ok(exit) => exit,
-                Err(_) => {
-                    tracing::error!(sandbox_id = shared.id.as_str(), %error, "the guest agent is lost: its VM is killed");
-                    guest.vm.kill().await
-                }
+            // A connection that breaks is mostly the first sign of the VM's end, which says more.
+            if matches!(error, AgentError::Disconnected { .. })
+                && let Ok(exit) = timeout(shared.deadlines.shutdown, guest.vm.wait()).await
+            {
+                return exit;
             }
+            tracing::error!(sandbox_id = shared.id.as_str(), %error, "the guest agent is lost: its VM is killed");
+            guest.vm.kill().await
         }
     }
 }

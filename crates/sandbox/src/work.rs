@@ -52,7 +52,7 @@ impl Creation {
         };
         let result = match prepared {
             Ok(Prepared::Sandbox(made)) => return Ok(made),
-            Ok(Prepared::Guest(ready)) => self.make(ready, &shares).await,
+            Ok(Prepared::Guest(ready)) => self.make(*ready, &shares).await,
             Err(error) => Err(error),
         };
         if result.is_err()
@@ -107,12 +107,12 @@ impl Creation {
             Ok((request, host))
         })
         .await?;
-        Ok(Prepared::Guest(Ready {
+        Ok(Prepared::Guest(Box::new(Ready {
             guest,
             request,
             host,
             guard,
-        }))
+        })))
     }
 
     async fn plan(&self) -> Result<(ContainerPlan, HostStdio), SandboxError> {
@@ -176,7 +176,7 @@ impl Creation {
 
 enum Prepared {
     Sandbox(Made),
-    Guest(Ready),
+    Guest(Box<Ready>),
 }
 
 struct Ready {

@@ -7,4 +7,5 @@ mod boots;
 mod lives;
 mod phases;
 mod pod;
+mod soak;
 mod streams;
