@@ -14,6 +14,7 @@
 
 mod guest;
 mod input;
+mod machine;
 mod virtio;
 mod vsock;
 
@@ -48,8 +49,20 @@ pub const TARGETS: &[Target] = &[
         run: virtio::console,
     },
     Target {
+        name: "control_message",
+        run: machine::control_message,
+    },
+    Target {
         name: "device_state",
         run: virtio::device_state,
+    },
+    Target {
+        name: "kernel",
+        run: machine::kernel,
+    },
+    Target {
+        name: "mmio_registers",
+        run: machine::registers,
     },
     Target {
         name: "queue",
