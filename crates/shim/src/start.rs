@@ -149,7 +149,9 @@ impl Leader<'_> {
 
     /// Runs this program as the shim: the listening socket is its standard input, and nothing of ours stays open in it.
     fn spawn(&self, listener: UnixListener) -> Result<(), ShimError> {
-        let mut command = Command::new("/proc/self/exe");
+        // By its path, which gives the process its name.
+        let program = std::env::current_exe().map_err(ShimError::Spawn)?;
+        let mut command = Command::new(program);
         command
             .arg0(PROGRAM)
             .current_dir(self.bundle_dir)

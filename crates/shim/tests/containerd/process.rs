@@ -114,6 +114,11 @@ fn start_answers_with_an_address_and_leaves_a_daemon() {
         fs::read_link(proc.join("cwd")).unwrap(),
         bundle.canonicalize().unwrap()
     );
+    // The kernel keeps 15 bytes of a program's name.
+    assert_eq!(
+        fs::read_to_string(proc.join("comm")).unwrap(),
+        "shim_with_fake_\n"
+    );
     for fd in ["0", "1", "2"] {
         assert_eq!(
             fs::read_link(proc.join("fd").join(fd)).unwrap(),

@@ -29,7 +29,7 @@ pub(crate) const NAMESPACE: &str = "coffer-test";
 /// How long anything may take before a test fails instead of hanging.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The shim with the fake driver, which cargo builds beside the tests.
+/// The shim with the fake driver, an example that `cargo test -p shim` builds beside the tests (and `--test` alone does not).
 pub(crate) fn program() -> PathBuf {
     let deps = std::env::current_exe().unwrap();
     let target = deps.parent().and_then(Path::parent).unwrap();
