@@ -25,7 +25,8 @@ const MAX_REQUEST_LEN: usize = (4 << 20) - 1024;
 pub struct CallDeadlines {
     /// From the connection until the hello is read.
     pub hello: Duration,
-    /// For `CreateContainer`.
+    /// For calls that make, start or remove a process or container: `CreateContainer`, `StartContainer`, `StartExec` and
+    /// `RemoveContainer`.
     pub create: Duration,
     /// For every other call.
     pub call: Duration,
@@ -121,7 +122,7 @@ impl AgentClient {
     /// # Errors
     /// As every call.
     pub async fn start_container(&self, request: &api::ContainerRef) -> Result<(), AgentError> {
-        self.done("StartContainer", request, self.deadlines.call)
+        self.done("StartContainer", request, self.deadlines.create)
             .await
     }
 
@@ -130,8 +131,9 @@ impl AgentClient {
     /// # Errors
     /// As every call.
     pub async fn start_exec(&self, request: &api::StartExecRequest) -> Result<u32, AgentError> {
-        let started: api::ProcessStarted =
-            self.call("StartExec", request, self.deadlines.call).await?;
+        let started: api::ProcessStarted = self
+            .call("StartExec", request, self.deadlines.create)
+            .await?;
         Ok(started.guest_pid)
     }
 
@@ -178,7 +180,7 @@ impl AgentClient {
     /// # Errors
     /// As every call.
     pub async fn remove_container(&self, request: &api::ContainerRef) -> Result<(), AgentError> {
-        self.done("RemoveContainer", request, self.deadlines.call)
+        self.done("RemoveContainer", request, self.deadlines.create)
             .await
     }
 

@@ -239,7 +239,7 @@ impl RunningVm for FakeVm {
 
     async fn connect(&self, port: VsockPort) -> Result<UnixStream, DriverError> {
         self.alive()?;
-        if port != STDIO_PORT {
+        if port != STDIO_PORT || self.script.refuses_streams() {
             let message = format!("nobody listens on port {port}");
             return Err(DriverError::new(DriverErrorKind::Refused, message));
         }

@@ -41,6 +41,7 @@ struct Inner {
     refused: BTreeMap<&'static str, (ttrpc::Code, String)>,
     deadly: BTreeSet<&'static str>,
     exits_first: bool,
+    refuses_streams: bool,
 }
 
 impl Default for Script {
@@ -57,6 +58,7 @@ impl Script {
             refused: BTreeMap::new(),
             deadly: BTreeSet::new(),
             exits_first: false,
+            refuses_streams: false,
         };
         Self {
             inner: Arc::new(Mutex::new(inner)),
@@ -103,6 +105,11 @@ impl Script {
         self.lock().exits_first = true;
     }
 
+    /// Whether the guest refuses connections from the host.
+    pub fn refuse_streams(&self, refuse: bool) {
+        self.lock().refuses_streams = refuse;
+    }
+
     /// Every call so far, in order: the method, and the container or disk that it is about.
     pub fn calls(&self) -> Vec<String> {
         self.calls.borrow().clone()
@@ -123,6 +130,10 @@ impl Script {
 
     pub(crate) fn exits_first(&self) -> bool {
         self.lock().exits_first
+    }
+
+    pub(crate) fn refuses_streams(&self) -> bool {
+        self.lock().refuses_streams
     }
 
     pub(crate) fn is_deadly(&self, method: &str) -> bool {

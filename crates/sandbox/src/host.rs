@@ -11,8 +11,8 @@ use hypervisor::{Disk, VmSpec};
 use crate::error::SandboxError;
 use crate::request::CreateTask;
 
-/// Prepares what VM and containers are made of. Every method may block; the sandbox calls them on blocking threads, and
-/// never two at a time for one container.
+/// Prepares what VM and containers are made of. Every method may block; the sandbox calls them on blocking threads, any
+/// number at a time. A call that nobody waits for any more goes on, and its plan is dropped.
 ///
 /// What a method has made on the host is undone by dropping the plan's `guard`, which happens after VM or container are
 /// gone; a method that fails leaves nothing behind.

@@ -46,9 +46,9 @@ pub struct SandboxOptions {
 pub struct Deadlines {
     /// From the VM's launch until the agent has dialled.
     pub boot: Duration,
-    /// For one call to the agent, other than making a container.
+    /// For one call to the agent, other than those of `create`.
     pub call: Duration,
-    /// For making a container in the guest.
+    /// For making, starting or removing a container or exec in the guest.
     pub create: Duration,
     /// For the last of a process's output, before it is deleted.
     pub drain: Duration,

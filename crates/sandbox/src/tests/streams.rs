@@ -164,3 +164,52 @@ async fn stdio_that_cannot_be_opened_fails_the_create() {
     assert_eq!(error.kind(), crate::SandboxErrorKind::Unimplemented);
     pod.clean_up(&[]).await;
 }
+
+#[tokio::test]
+async fn container_whose_streams_cannot_be_connected_is_taken_away_again() {
+    let script = Script::new();
+    let pod = Pod::new(&script);
+    pod.create_as("pod", Known::Sandbox).await.unwrap();
+    script.refuse_streams(true);
+    pod.know("web", Known::Guest(vec!["exit", "0"], vec!["layer"]));
+    let mut task = Pod::task("web");
+    task.stdio.stdout = pod.fifo("out");
+    let error = pod.sandbox.create(task.clone()).await.unwrap_err();
+    assert_eq!(error.kind(), crate::SandboxErrorKind::Unavailable);
+    assert_eq!(
+        error.report(),
+        "create container web: connect Stdout to the guest: nobody listens on port 1025"
+    );
+    assert_eq!(pod.vm().disks(), Vec::<String>::new());
+    assert!(script.calls().contains(&"RemoveContainer web".to_owned()));
+
+    script.refuse_streams(false);
+    pod.sandbox.create(task).await.unwrap();
+    pod.start(&init("web")).await.unwrap();
+    assert_eq!(pod.wait(&init("web")).await, 0);
+    pod.sandbox.terminate().await;
+    pod.nothing_is_left().await;
+}
+
+#[tokio::test]
+async fn exec_whose_streams_cannot_be_connected_is_killed() {
+    let script = Script::new();
+    let pod = Pod::new(&script);
+    pod.run("web", &["sleep"]).await;
+    script.refuse_streams(true);
+    let top = exec("web", "top");
+    let mut task = Pod::exec_task(&top, &["sleep"]);
+    task.stdio.stdout = pod.fifo("out");
+    pod.sandbox.exec(task).await.unwrap();
+    assert!(pod.start(&top).await.is_err());
+    script.called("Signal 9").await;
+    assert_eq!(pod.wait(&top).await, 255);
+    pod.delete(&top).await.unwrap();
+    pod.sandbox.terminate().await;
+    pod.nothing_is_left().await;
+    assert!(
+        !pod.events()
+            .iter()
+            .any(|event| event.contains("exited web/"))
+    );
+}
