@@ -134,6 +134,11 @@ const VCPU: &[Rule] = &[
     only(SYS_ioctl, &[Check::Is(1, KVM_RUN)], "running the guest"),
     only(
         SYS_ioctl,
+        &[Check::Is(1, KVM_IOEVENTFD)],
+        "queues of a device that goes live or is reset",
+    ),
+    only(
+        SYS_ioctl,
         &[Check::Is(1, KVM_GET_REGS)],
         "saying where a guest failed, saving",
     ),
@@ -202,7 +207,7 @@ const CONTROL: &[Rule] = &[
     only(
         SYS_ioctl,
         &[Check::Is(1, KVM_IOEVENTFD)],
-        "queues of a disk that is attached",
+        "queues of a live device, after a pause",
     ),
     only(
         SYS_ioctl,

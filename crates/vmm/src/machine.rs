@@ -27,8 +27,8 @@ use crate::boot::{self, BootSource, Entry, cmdline, registers};
 use crate::control::{Config, DiskAccess, DiskConfig};
 use crate::cpu::{cpuid, msr};
 use crate::devices::{
-    Bus, IoThread, Memory, Signals, Transport, TransportParts, TransportState, WorkerHost,
-    registers as mmio,
+    Bus, Doorbells, IoThread, Memory, Signals, Transport, TransportParts, TransportState,
+    WorkerHost, registers as mmio,
 };
 use crate::layout::{self, RamBlock};
 use crate::state::{KvmState, VcpuState, set_msrs};
@@ -89,7 +89,7 @@ pub struct Machine {
     console: Arc<ConsoleLog>,
     vsock: VsockHandle,
     exits: Arc<ExitCounters>,
-    vm: VmFd,
+    vm: Arc<VmFd>,
     kvm: Kvm,
     memory: Memory,
 }
@@ -145,7 +145,7 @@ impl Machine {
             )),
             vsock: vsock.handle(),
             exits: Arc::default(),
-            vm,
+            vm: Arc::new(vm),
             kvm: resources.kvm,
             memory,
         };
@@ -257,9 +257,7 @@ impl Machine {
                     serial: serial.to_owned(),
                 });
             }
-            if let Some(transport) = window.take() {
-                self.release_kicks(index, &transport)?;
-            }
+            window.take();
         }
         self.disks.remove(&index);
         Ok(())
@@ -332,12 +330,9 @@ impl Machine {
     ) -> Result<(), VmmError> {
         let line = self.line(layout::gsi(index))?;
         let mut kicks = Vec::new();
-        for (queue, _) in (0u32..).zip(device.queue_sizes()) {
+        for _ in device.queue_sizes() {
             let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
                 .map_err(VmmError::host("create a queue's event"))?;
-            self.vm
-                .register_ioevent(&kick, &notify_address(index), queue)
-                .map_err(VmmError::kvm("watch a queue's notifications"))?;
             kicks.push(Arc::new(kick));
         }
         let transport = Transport::new(TransportParts {
@@ -347,18 +342,10 @@ impl Machine {
             signals: Arc::new(Signals::new(line)),
             kicks,
             host: Arc::clone(&self.io) as Arc<dyn WorkerHost>,
+            doorbells: Arc::new(KvmDoorbells(Arc::clone(&self.vm))),
         });
         if let Some(mut window) = self.bus.window(index) {
             *window = Some(transport);
-        }
-        Ok(())
-    }
-
-    fn release_kicks(&self, index: u16, transport: &Transport) -> Result<(), VmmError> {
-        for (queue, kick) in (0u32..).zip(transport.kicks()) {
-            self.vm
-                .unregister_ioevent(kick, &notify_address(index), queue)
-                .map_err(VmmError::kvm("stop watching a queue's notifications"))?;
         }
         Ok(())
     }
@@ -429,6 +416,25 @@ fn vsock(
         name: "vsock",
         source,
     })
+}
+
+/// Doorbells as KVM's ioeventfds.
+struct KvmDoorbells(Arc<VmFd>);
+
+impl Doorbells for KvmDoorbells {
+    fn connect(&self, index: u16, queue: u16, kick: &EventFd) -> bool {
+        let address = notify_address(index);
+        self.0
+            .register_ioevent(kick, &address, u32::from(queue))
+            .is_ok()
+    }
+
+    fn disconnect(&self, index: u16, queue: u16, kick: &EventFd) {
+        // Fails only if it is not registered.
+        let _ = self
+            .0
+            .unregister_ioevent(kick, &notify_address(index), u32::from(queue));
+    }
 }
 
 fn notify_address(index: u16) -> IoEventAddress {

@@ -13,7 +13,7 @@ use virtio_testdriver::TestMemory;
 use virtio_wire::DeviceStatus;
 use vmm::boot::elf;
 use vmm::control::{parse_call, parse_message};
-use vmm::devices::{Bus, Memory, Signals, Transport, TransportParts, WorkerHost};
+use vmm::devices::{Bus, Doorbells, Memory, Signals, Transport, TransportParts, WorkerHost};
 use vmm::layout;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -96,8 +96,19 @@ fn insert(
         signals: Arc::new(Signals::new(event())),
         kicks,
         host: Arc::clone(host) as Arc<dyn WorkerHost>,
+        doorbells: Arc::new(NoDoorbells),
     });
     *bus.window(index).expect("it exists") = Some(transport);
+}
+
+struct NoDoorbells;
+
+impl Doorbells for NoDoorbells {
+    fn connect(&self, _index: u16, _queue: u16, _kick: &EventFd) -> bool {
+        false
+    }
+
+    fn disconnect(&self, _index: u16, _queue: u16, _kick: &EventFd) {}
 }
 
 struct Sevens;

@@ -24,7 +24,7 @@ use vm_memory::GuestMemoryMmap;
 pub use bus::{Bus, Place};
 pub use io_thread::IoThread;
 pub use signals::Signals;
-pub use transport::{Transport, TransportParts, TransportState, WorkerHost, registers};
+pub use transport::{Doorbells, Transport, TransportParts, TransportState, WorkerHost, registers};
 
 /// Guest memory as devices hold it.
 pub type Memory = Arc<GuestMemoryMmap>;

@@ -3,8 +3,9 @@
 
 //! Register files with a real device and a real I/O thread, driven as a guest does; no KVM.
 
+use std::collections::BTreeSet;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
 use virtio_device::rng::{EntropySource, Rng};
@@ -26,6 +27,27 @@ impl EntropySource for Sevens {
     }
 }
 
+/// Remembers which doorbells there are.
+#[derive(Default)]
+struct Doors(Mutex<BTreeSet<(u16, u16)>>);
+
+impl Doorbells for Doors {
+    fn connect(&self, index: u16, queue: u16, _kick: &EventFd) -> bool {
+        assert!(
+            self.0.lock().unwrap().insert((index, queue)),
+            "connected twice"
+        );
+        true
+    }
+
+    fn disconnect(&self, index: u16, queue: u16, _kick: &EventFd) {
+        assert!(
+            self.0.lock().unwrap().remove(&(index, queue)),
+            "not connected"
+        );
+    }
+}
+
 /// One entropy device in window 0, and its driver.
 struct Rig {
     bus: Bus,
@@ -34,6 +56,7 @@ struct Rig {
     /// Blocks until the device interrupts.
     line: Arc<EventFd>,
     io: Arc<IoThread>,
+    doors: Arc<Doors>,
 }
 
 impl Rig {
@@ -48,6 +71,7 @@ impl Rig {
             driver,
             line,
             io,
+            doors: Arc::default(),
         };
         rig.insert();
         rig
@@ -62,6 +86,7 @@ impl Rig {
             signals: Arc::new(Signals::new(Arc::clone(&self.line))),
             kicks: vec![Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap())],
             host: Arc::clone(&self.io) as Arc<dyn WorkerHost>,
+            doorbells: Arc::clone(&self.doors) as Arc<dyn Doorbells>,
         });
         *self.bus.window(0).unwrap() = Some(transport);
     }
@@ -195,6 +220,27 @@ fn reset_stops_the_worker_and_a_second_start_works() {
     rig.driver = TestDriver::new(&mut rig.mem, 16);
     rig.start();
     assert_eq!(rig.request(8), [7; 8]);
+}
+
+#[test]
+fn doorbells_are_there_while_the_device_is_live() {
+    let rig = Rig::new();
+    let count = || rig.doors.0.lock().unwrap().len();
+    assert_eq!(count(), 0);
+    rig.start();
+    assert_eq!(count(), 1);
+    {
+        let mut window = rig.bus.window(0).unwrap();
+        let transport = window.as_mut().unwrap();
+        transport.pause();
+        transport.resume();
+    }
+    assert_eq!(count(), 1);
+    rig.write(STATUS, 0);
+    assert_eq!(count(), 0);
+    rig.start();
+    drop(rig.bus.window(0).unwrap().take());
+    assert_eq!(count(), 0);
 }
 
 #[test]
