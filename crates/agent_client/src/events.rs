@@ -58,23 +58,38 @@ impl EventReader {
     /// events up to there are lost: a guest that does this has to be ended.
     pub async fn next(&mut self) -> Result<Vec<AgentEvent>, AgentError> {
         let answer = self.client.next_events(self.last).await?;
-        if answer.events.len() > MAX_EVENTS {
-            let what = format!("{} events, at most {MAX_EVENTS}", answer.events.len());
-            return Err(AgentError::protocol(METHOD, what));
-        }
-        let now = SystemTime::now();
-        let mut events = Vec::with_capacity(answer.events.len());
-        for event in answer.events {
-            let expected = self.last.saturating_add(1);
-            if event.sequence != expected {
-                let what = format!("event {} came instead of {expected}", event.sequence);
-                return Err(AgentError::protocol(METHOD, what));
-            }
-            self.last = expected;
-            events.push(decode(event, now)?);
-        }
+        let events = parse_events(answer, self.last, SystemTime::now())?;
+        let count = u64::try_from(events.len()).unwrap_or(u64::MAX);
+        self.last = self.last.saturating_add(count);
         Ok(events)
     }
+}
+
+/// The events of an answer to `NextEvents`, all of them after event number `after`; `at` dates the exits. Pure.
+///
+/// # Errors
+/// [`AgentError::Protocol`] for more than [`MAX_EVENTS`], for a gap or a repetition, and for an event that cannot be.
+pub fn parse_events(
+    answer: api::Events,
+    after: u64,
+    at: SystemTime,
+) -> Result<Vec<AgentEvent>, AgentError> {
+    if answer.events.len() > MAX_EVENTS {
+        let what = format!("{} events, at most {MAX_EVENTS}", answer.events.len());
+        return Err(AgentError::protocol(METHOD, what));
+    }
+    let mut last = after;
+    let mut events = Vec::with_capacity(answer.events.len());
+    for event in answer.events {
+        let expected = last.saturating_add(1);
+        if event.sequence != expected {
+            let what = format!("event {} came instead of {expected}", event.sequence);
+            return Err(AgentError::protocol(METHOD, what));
+        }
+        last = expected;
+        events.push(decode(event, at)?);
+    }
+    Ok(events)
 }
 
 fn decode(event: api::Event, at: SystemTime) -> Result<AgentEvent, AgentError> {

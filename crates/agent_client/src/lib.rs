@@ -22,5 +22,5 @@ mod tests;
 
 pub use client::{AgentClient, CallDeadlines};
 pub use error::{AgentCode, AgentError};
-pub use events::{AgentEvent, EventReader};
+pub use events::{AgentEvent, EventReader, parse_events};
 pub use stdio::{HostStdio, StdioError, StdioPaths, StreamConnector, Streams, TerminalSize};

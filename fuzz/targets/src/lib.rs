@@ -12,6 +12,7 @@
     reason = "a panic is how a target says that it has found something"
 )]
 
+mod agent;
 mod guest;
 mod input;
 mod machine;
@@ -32,6 +33,10 @@ pub struct Target {
 
 /// Every target; `fuzz_smoke` runs them all, and checks that each has its libFuzzer binary.
 pub const TARGETS: &[Target] = &[
+    Target {
+        name: "agent_messages",
+        run: agent::messages,
+    },
     Target {
         name: "balloon",
         run: virtio::balloon,
