@@ -104,14 +104,19 @@ fn serve(channel: &Channel) -> Result<(), Error> {
             .and_then(Process::oom_score_adj)
             .unwrap_or(0),
     )?;
-    let flags = match &request.kind {
-        Kind::Init { spec, .. } => new_namespaces(spec),
+    let (flags, init) = match &request.kind {
+        Kind::Init { spec, .. } => (new_namespaces(spec), None),
         Kind::Exec { namespaces, .. } => {
             let init = descriptors
                 .next()
                 .ok_or(Error::Protocol("the init's pidfd"))?;
-            join_namespaces(&init, namespaces)?;
-            0
+            let others: Vec<_> = namespaces
+                .iter()
+                .copied()
+                .filter(|kind| *kind != LinuxNamespaceType::Cgroup)
+                .collect();
+            join_namespaces(&init, &others)?;
+            (0, Some(init))
         }
     };
     let streams = take_streams(&request, descriptors)?;
@@ -124,7 +129,7 @@ fn serve(channel: &Channel) -> Result<(), Error> {
         }
         Cloned::Child => {
             drop(cgroup);
-            let error = become_process(channel, request, streams);
+            let error = become_process(channel, request, streams, init);
             let _ = channel.send(Tag::Failed, error.chain().as_bytes(), &[]);
             // 127 is what a shell says of a program that cannot be run.
             std::process::exit(127)
@@ -142,7 +147,12 @@ impl Kind {
 }
 
 /// Runs in the new process. Comes back only with an error, or with [`Error::Vanished`] when the agent has given up.
-fn become_process(channel: &Channel, request: Request, streams: [Option<OwnedFd>; 3]) -> Error {
+fn become_process(
+    channel: &Channel,
+    request: Request,
+    streams: [Option<OwnedFd>; 3],
+    init: Option<OwnedFd>,
+) -> Error {
     match channel.wait_for(PROCEED) {
         Ok(true) => {}
         Ok(false) => return Error::Vanished("waiting for the agent"),
@@ -156,8 +166,9 @@ fn become_process(channel: &Channel, request: Request, streams: [Option<OwnedFd>
             process,
             seccomp,
             personality,
-            ..
+            namespaces,
         } => enter_session()
+            .and_then(|()| join_cgroup_namespace(init, namespaces))
             .and_then(|()| connect_streams(channel, request.terminal, streams, false))
             .and_then(|()| set_personality(personality.as_ref()))
             .and_then(|()| prepare(process, seccomp.as_ref())),
@@ -310,6 +321,17 @@ fn join_namespaces(init: &OwnedFd, kinds: &[LinuxNamespaceType]) -> Result<(), E
         });
     move_into_thread_name_spaces(init.as_fd(), all)
         .step(|| "entering the container's namespaces".to_owned())
+}
+
+/// Only from inside the container's cgroup: from outside, clone3 into it is refused where cgroups are delegated by
+/// namespace (cgroup-v2.rst, "nsdelegate").
+fn join_cgroup_namespace(init: Option<OwnedFd>, kinds: &[LinuxNamespaceType]) -> Result<(), Error> {
+    match init {
+        Some(init) if kinds.contains(&LinuxNamespaceType::Cgroup) => {
+            join_namespaces(&init, &[LinuxNamespaceType::Cgroup])
+        }
+        _ => Ok(()),
+    }
 }
 
 fn take_streams(
