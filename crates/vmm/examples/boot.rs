@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 
 use nix::sys::socket::MsgFlags;
 use vmm::boot::BootProtocol;
-use vmm::control::{Call, Config, ControlSocket, JailConfig, Message, Received, Request};
+use vmm::control::{Call, Config, ControlSocket, JailConfig, Received, Request};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -69,31 +69,6 @@ fn main() -> Result<(), Box<dyn Error>> {
             started.elapsed(),
             String::from_utf8_lossy(&bytes)
         );
-        if let Ok(Message::Answer { .. }) = vmm::control::parse_message(&bytes)
-            && let Ok(ms) = std::env::var("COFFER_DUMP_AFTER_MS")
-        {
-            std::thread::sleep(std::time::Duration::from_millis(ms.parse()?));
-            let status = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", child.id()))?;
-            println!("{status}");
-            if std::env::var_os("COFFER_SMAPS").is_some() {
-                println!(
-                    "{}",
-                    std::fs::read_to_string(format!("/proc/{}/smaps", child.id()))?
-                );
-            }
-            ours.send(
-                &Call {
-                    id: 2,
-                    request: Request::Dump,
-                },
-                &[],
-                MsgFlags::empty(),
-            )?;
-            if let Received::Message(bytes, _) = ours.receive(MsgFlags::empty())? {
-                println!("{}", String::from_utf8_lossy(&bytes));
-            }
-            return Ok(());
-        }
     }
     println!("[{:?}] {}", started.elapsed(), child.wait()?);
     Ok(())

@@ -10,7 +10,7 @@
 //! ```text
 //! control thread   server ── calls ──> Machine ── pause, attach, dump ──┐
 //! vcpuN threads    vcpu ── exits ──> devices::Bus ── DRIVER_OK ─────────┤
-//! io thread        devices::IoThread <── workers, kicks ────────────────┘
+//! io, disk threads devices::IoThread <── workers, kicks ────────────────┘
 //! ```
 //! Layers: `layout` and `boot` (pure but for reading files) → `cpu`, `state` (what KVM is told) → `devices` (knows no
 //! KVM) → `machine` (puts them together) → `server` (speaks with the shim) → `jail` (what the process may).

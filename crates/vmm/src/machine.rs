@@ -83,7 +83,10 @@ pub struct Machine {
     // Fields are dropped in this order: vCPUs and devices before what they run on.
     vcpus: Vec<VcpuThread>,
     bus: Arc<Bus>,
+    /// For what must answer at once.
     io: Arc<IoThread>,
+    /// For disks, whose reads and writes block their thread.
+    disk_io: Arc<IoThread>,
     lines: BTreeMap<u32, Arc<EventFd>>,
     disks: BTreeMap<u16, String>,
     console: Arc<ConsoleLog>,
@@ -100,7 +103,7 @@ type BeforeThread = fn() -> Result<(), VmmError>;
 /// What the threads of each kind do first.
 #[derive(Clone, Copy)]
 pub struct ThreadSetup {
-    /// The I/O thread.
+    /// The I/O threads.
     pub io: fn() -> Result<(), VmmError>,
     /// Every vCPU thread.
     pub vcpu: fn() -> Result<(), VmmError>,
@@ -135,7 +138,8 @@ impl Machine {
         let mut machine = Self {
             vcpus: Vec::new(),
             bus: Arc::new(Bus::new(windows)),
-            io: Arc::new(IoThread::start(setup.io)?),
+            io: Arc::new(IoThread::start("io", setup.io)?),
+            disk_io: Arc::new(IoThread::start("disk", setup.io)?),
             lines: BTreeMap::new(),
             disks: BTreeMap::new(),
             console: Arc::new(ConsoleLog::new(
@@ -329,6 +333,11 @@ impl Machine {
         device: Box<dyn VirtioDevice<Memory>>,
     ) -> Result<(), VmmError> {
         let line = self.line(layout::gsi(index))?;
+        let host = if index < layout::FIRST_DISK_SLOT {
+            &self.io
+        } else {
+            &self.disk_io
+        };
         let mut kicks = Vec::new();
         for _ in device.queue_sizes() {
             let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
@@ -341,7 +350,7 @@ impl Machine {
             memory: Arc::clone(&self.memory),
             signals: Arc::new(Signals::new(line)),
             kicks,
-            host: Arc::clone(&self.io) as Arc<dyn WorkerHost>,
+            host: Arc::clone(host) as Arc<dyn WorkerHost>,
             doorbells: Arc::new(KvmDoorbells(Arc::clone(&self.vm))),
         });
         if let Some(mut window) = self.bus.window(index) {

@@ -46,7 +46,7 @@ fn every_thread_is_unprivileged_and_filtered() {
         names.push(field(&status, "Name").to_owned());
     }
     names.sort();
-    assert_eq!(names, ["coffer-vmm", "io", "vcpu0"]);
+    assert_eq!(names, ["coffer-vmm", "disk", "io", "vcpu0"]);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! The thread that runs the workers of all devices, around one epoll descriptor.
+//! A thread that runs the workers of some devices, around one epoll descriptor.
 //!
 //! It never takes a window's lock, so a vCPU that holds one may wait for it. A worker that says it has more to do
 //! goes to the end of a queue, so that none starves the others.
@@ -48,11 +48,12 @@ pub struct IoThread {
 }
 
 impl IoThread {
-    /// Starts the thread; `before` runs on it first, and what it answers is passed on.
+    /// Starts the thread under this name; `before` runs on it first, and what it answers is passed on.
     ///
     /// # Errors
     /// The host has no thread or descriptor left, or `before` fails.
     pub fn start(
+        name: &str,
         before: impl FnOnce() -> Result<(), VmmError> + Send + 'static,
     ) -> Result<Self, VmmError> {
         let failed = VmmError::host::<io::Error>;
@@ -74,7 +75,7 @@ impl IoThread {
         event_loop
             .watch_commands()
             .map_err(failed("watch an event"))?;
-        let thread = threads::spawn("io", before, move || event_loop.run())?;
+        let thread = threads::spawn(name, before, move || event_loop.run())?;
         Ok(Self {
             commands: Mutex::new(send),
             wake,

@@ -63,7 +63,7 @@ impl Rig {
     fn new() -> Self {
         let mut mem = TestMemory::new(1 << 20);
         let driver = TestDriver::new(&mut mem, 16);
-        let io = Arc::new(IoThread::start(|| Ok(())).unwrap());
+        let io = Arc::new(IoThread::start("io", || Ok(())).unwrap());
         let line = Arc::new(EventFd::new(0).unwrap());
         let rig = Self {
             bus: Bus::new(1),
