@@ -22,6 +22,7 @@ pub mod devices;
 mod ends;
 mod error;
 pub mod jail;
+mod kvm;
 pub mod layout;
 mod machine;
 pub mod memory;
