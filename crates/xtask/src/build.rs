@@ -7,7 +7,6 @@
 //! ```text
 //! bin/                    containerd-shim-coffer-v2, coffer-vmm, cofferctl
 //! share/coffer/           vmlinux, initramfs
-//! tests/                  e2e, and the test programs of crates whose tests need KVM
 //! images/                 container images for demo and tests
 //! ```
 //!
@@ -32,8 +31,10 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 const HOST_PACKAGES: &[&str] = &["shim", "vmm", "cofferctl"];
 /// The programs in `bin/`.
 const HOST_PROGRAMS: &[&str] = &["containerd-shim-coffer-v2", "coffer-vmm", "cofferctl"];
-/// Packages with tests that need a usable KVM: marked `#[ignore]`, they run in the node.
-const KVM_TESTED_PACKAGES: &[&str] = &["kvm_probe", "vmm", "driver_embedded"];
+/// Packages whose tests need KVM: they run where it is usable, all others on this machine.
+pub(crate) const KVM_TESTED_PACKAGES: &[&str] = &["kvm_probe", "vmm", "driver_embedded"];
+/// The package, and its test program, that is the end-to-end suite.
+pub(crate) const SUITE: &str = "e2e";
 /// The most that the initramfs may hold, in bytes: every pod has a copy in its memory.
 const MAX_INITRAMFS: u64 = 6 << 20;
 
@@ -50,37 +51,47 @@ pub(crate) fn run() -> Result<()> {
     step("guest agent and initramfs", || build_initramfs(&dist))
 }
 
-/// Builds the end-to-end tests and those of single crates that need KVM into `tests/`.
+/// A test program that runs in the node, from the checkout that the node sees.
+pub(crate) struct TestProgram {
+    /// Where it is.
+    pub(crate) path: PathBuf,
+    /// Whether it is the end-to-end suite, which needs containerd, or a crate's own tests, which need only KVM.
+    pub(crate) kind: TestKind,
+}
+
+/// What a test program needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TestKind {
+    /// A usable KVM.
+    Kvm,
+    /// A node.
+    EndToEnd,
+}
+
+/// Builds the end-to-end tests and those of single crates that need KVM.
 ///
 /// # Errors
 /// When the tests do not compile.
-pub(crate) fn tests(dist: &Path) -> Result<Vec<String>> {
+pub(crate) fn tests() -> Result<Vec<TestProgram>> {
     step("test programs for the node", || {
-        let mut cargo = cargo_static("test");
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo
+            .current_dir(workspace::root())
+            .env("CARGO_TERM_COLOR", "never");
         cargo.args([
+            "test",
             "--no-run",
             "--message-format=json-render-diagnostics",
-            "-p",
-            "e2e",
+            "--package",
+            SUITE,
         ]);
         cargo.args(
             KVM_TESTED_PACKAGES
                 .iter()
-                .flat_map(|package| ["-p", package]),
+                .flat_map(|package| ["--package", package]),
         );
         cargo.args(["--lib", "--bins", "--tests"]);
-        let messages = messages(&mut cargo)?;
-        let folder = dist.join("tests");
-        if folder.exists() {
-            fs::remove_dir_all(&folder)
-                .with_context(|| format!("cannot empty {}", folder.display()))?;
-        }
-        let mut names = Vec::new();
-        for (name, program) in test_programs(&messages) {
-            install(&program, &folder.join(&name))?;
-            names.push(name);
-        }
-        Ok(names)
+        Ok(test_programs(&messages(&mut cargo)?))
     })
 }
 
@@ -175,15 +186,21 @@ fn messages(cargo: &mut Command) -> Result<Vec<Value>> {
         .collect()
 }
 
-/// The test programs that cargo built: a name for each, and where it is.
-fn test_programs(messages: &[Value]) -> Vec<(String, PathBuf)> {
+/// The test programs that cargo built.
+fn test_programs(messages: &[Value]) -> Vec<TestProgram> {
     let test_program = |message: &Value| {
-        let program = message.get("executable")?.as_str()?;
+        let path = PathBuf::from(message.get("executable")?.as_str()?);
         message.pointer("/profile/test")?.as_bool()?.then_some(())?;
-        Some((
-            message.pointer("/target/name")?.as_str()?.to_owned(),
-            PathBuf::from(program),
-        ))
+        let text = |pointer| message.pointer(pointer).and_then(Value::as_str);
+        let suite = (text("/target/name"), text("/target/kind/0")) == (Some(SUITE), Some("test"));
+        Some(TestProgram {
+            path,
+            kind: if suite {
+                TestKind::EndToEnd
+            } else {
+                TestKind::Kvm
+            },
+        })
     };
     messages.iter().filter_map(test_program).collect()
 }
@@ -215,18 +232,26 @@ mod unit_tests {
     #[test]
     fn only_test_programs_are_taken() {
         let messages = [
-            r#"{"reason":"compiler-artifact","target":{"name":"e2e"},"profile":{"test":true},"executable":"/t/e2e-1"}"#,
-            r#"{"reason":"compiler-artifact","target":{"name":"vmm"},"profile":{"test":false},"executable":"/t/vmm"}"#,
-            r#"{"reason":"compiler-artifact","target":{"name":"ids"},"profile":{"test":true},"executable":null}"#,
+            r#"{"target":{"name":"e2e","kind":["test"]},"profile":{"test":true},"executable":"/t/e2e-1"}"#,
+            r#"{"target":{"name":"e2e","kind":["lib"]},"profile":{"test":true},"executable":"/t/e2e-2"}"#,
+            r#"{"target":{"name":"vmm","kind":["bin"]},"profile":{"test":false},"executable":"/t/vmm"}"#,
+            r#"{"target":{"name":"ids","kind":["lib"]},"profile":{"test":true},"executable":null}"#,
             r#"{"reason":"build-finished","success":true}"#,
         ];
         let messages: Vec<Value> = messages
             .iter()
             .map(|text| serde_json::from_str(text).unwrap())
             .collect();
+        let programs: Vec<_> = test_programs(&messages)
+            .into_iter()
+            .map(|program| (program.path, program.kind))
+            .collect();
         assert_eq!(
-            test_programs(&messages),
-            [("e2e".to_owned(), PathBuf::from("/t/e2e-1"))]
+            programs,
+            [
+                ("/t/e2e-1".into(), TestKind::EndToEnd),
+                ("/t/e2e-2".into(), TestKind::Kvm)
+            ]
         );
     }
 }

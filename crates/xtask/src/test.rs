@@ -6,12 +6,14 @@
 
 use std::fs;
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::build::{KVM_TESTED_PACKAGES, SUITE, TestKind, TestProgram};
 use crate::node::{Job, Machine, Place, Work};
 use crate::step::step;
 use crate::tally::{Outcome, Tally};
@@ -21,8 +23,6 @@ use crate::{build, check, images, kernel, kernel_selftest, process, workspace};
 const CRATE_TESTS_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// The longest time for what runs in the node; on 2 cores under emulation.
 const NODE_TESTS_LIMIT: Duration = Duration::from_secs(30 * 60);
-/// The end-to-end suite's test program; the other test programs run their ignored tests only.
-const SUITE: &str = "e2e";
 
 /// What `cargo xtask test` takes.
 #[derive(clap::Args)]
@@ -55,22 +55,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         build::images(&[images::small()?, software])?;
         Place::choose()
     })?;
-    let programs = build::tests(&workspace::dist())?;
+    let programs = build::tests()?;
     let mut sum = Tally::default();
     if !arguments.only_node {
         sum += check::run()?;
         sum += test_crates()?;
         sum += test_kernel();
     }
-    let node = test_in_node(&place, &programs, &arguments.filter)?;
-    // A test that is ignored on the machine because it needs KVM has now run.
-    sum.skipped = sum.skipped.saturating_sub(
-        node.needing_kvm
-            .passed
-            .saturating_add(node.needing_kvm.failed),
-    );
-    sum += node.needing_kvm;
-    sum += node.suite;
+    sum += test_in_node(&place, &programs, &arguments.filter)?;
     println!("{sum}");
     Ok(if sum.failed == 0 {
         ExitCode::SUCCESS
@@ -99,7 +91,12 @@ fn test_crates() -> Result<Tally> {
             .arg("--kill-after=10")
             .arg(CRATE_TESTS_LIMIT.as_secs().to_string())
             .arg(env!("CARGO"));
-        cargo.args(["test", "--workspace", "--exclude", SUITE, "--no-fail-fast"]);
+        cargo.args(["test", "--workspace", "--no-fail-fast", "--exclude", SUITE]);
+        cargo.args(
+            KVM_TESTED_PACKAGES
+                .iter()
+                .flat_map(|package| ["--exclude", package]),
+        );
         cargo
             .current_dir(workspace::root())
             .env("CARGO_TERM_COLOR", "never");
@@ -129,32 +126,15 @@ fn failures(output: &str) -> String {
     wanted.collect::<Vec<_>>().join("\n")
 }
 
-/// What ran in the node.
-struct NodeTallies {
-    needing_kvm: Tally,
-    suite: Tally,
-}
-
-fn test_in_node(place: &Place, programs: &[String], filter: &str) -> Result<NodeTallies> {
+/// The tests that need KVM and the end-to-end suite, where VMs run.
+fn test_in_node(place: &Place, programs: &[TestProgram], filter: &str) -> Result<Tally> {
     let artifacts = workspace::target().join("coffer/artifacts");
     if artifacts.exists() {
         fs::remove_dir_all(&artifacts)
             .with_context(|| format!("cannot empty {}", artifacts.display()))?;
     }
-    let ignored =
-        |name: &String| format!("/opt/coffer/tests/{name} --ignored --test-threads=1 || code=1\n");
-    let needing_kvm: String = programs
-        .iter()
-        .filter(|name| *name != SUITE)
-        .map(ignored)
-        .collect();
-    let script = format!(
-        "export COFFER_E2E=1 COFFER_E2E_ARTIFACTS=/job/artifacts RUST_BACKTRACE=1\n\
-         mkdir -p /job/artifacts; code=0\n{needing_kvm}echo {BORDER}\n\
-         /opt/coffer/tests/{SUITE} --test-threads=1 {filter} || code=1\nexit $code\n"
-    );
     let job = Job {
-        work: Work::Script(&script),
+        work: Work::Script(&node_script(&workspace::root(), programs, filter)?),
         folder: &artifacts,
         dist: &workspace::dist(),
         source: &workspace::root(),
@@ -176,34 +156,38 @@ fn test_in_node(place: &Place, programs: &[String], filter: &str) -> Result<Node
     let code = step("tests that need VMs", || {
         place.run(&job, &mut out, &mut io::stderr())
     })?;
-    let output = String::from_utf8_lossy(&out.copy);
-    let Some((needing_kvm, suite)) = output.split_once(BORDER) else {
-        bail!("the node ran no tests")
-    };
-    let mut tallies = NodeTallies {
-        needing_kvm: Tally::of_libtest(needing_kvm),
-        suite: Tally::of_libtest(suite),
-    };
+    let tally = Tally::of_libtest(&String::from_utf8_lossy(&out.copy));
     if code != 0 {
         eprintln!(
             "==> logs of the node and of its failed tests: {}",
             artifacts.display()
         );
-        if tallies
-            .needing_kvm
-            .failed
-            .saturating_add(tallies.suite.failed)
-            == 0
-        {
-            // A test program that did not come to its summary.
-            tallies.suite += Tally::one(Outcome::Failed);
-        }
     }
-    Ok(tallies)
+    Ok(tally)
 }
 
-/// Written by the node between the tests that need KVM and the end-to-end suite.
-const BORDER: &str = "---- end-to-end suite ----";
+/// Runs every program, the suite at the end; a program that says nothing of its end counts as one failed test.
+fn node_script(root: &Path, programs: &[TestProgram], filter: &str) -> Result<String> {
+    let root = root.display();
+    let mut script = format!(
+        "export COFFER_E2E=1 COFFER_E2E_ARTIFACTS=/job/artifacts RUST_BACKTRACE=1\nmkdir -p /job/artifacts\n\
+         # The tests know the checkout by the name it has where they were built.\n\
+         [ -e '{root}' ] || {{ mkdir -p '{root}' && rmdir '{root}' && ln -s /src '{root}'; }}\n\
+         code=0\n\
+         run() {{\n    \"$@\" && return\n    status=$?; code=1\n    [ $status -eq 101 ] || \
+         echo \"$1 ended with $status: test result: FAILED. 0 passed; 1 failed; 0 ignored\"\n}}\n"
+    );
+    let of_kind = |kind| programs.iter().filter(move |program| program.kind == kind);
+    for program in of_kind(TestKind::Kvm).chain(of_kind(TestKind::EndToEnd)) {
+        let path = program.path.display();
+        if !program.path.starts_with(workspace::root()) {
+            bail!("the node does not see {path}: set CARGO_TARGET_DIR to a folder in the checkout");
+        }
+        script.push_str(&format!("run '{path}' --test-threads=1 {filter}\n"));
+    }
+    script.push_str("exit $code\n");
+    Ok(script)
+}
 
 /// Passes bytes on and keeps a copy.
 struct Tee<W> {

@@ -105,7 +105,7 @@ fn code_lines(text: &str) -> usize {
     // The last one, which is the module of tests: an earlier one may be on a single item.
     let end = lines
         .iter()
-        .rposition(|line| tests(line))
+        .rposition(tests)
         .unwrap_or(lines.len());
     lines.iter().take(end).filter(|line| code(line)).count()
 }

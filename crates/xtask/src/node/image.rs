@@ -48,6 +48,12 @@ const PROGRAMS: &[&str] = &[
     "/usr/lib/cni/loopback",
 ];
 
+/// Libraries that no program of the node has but Rust's test programs do.
+const LIBRARIES: &[&str] = &[
+    "/lib/x86_64-linux-gnu/libgcc_s.so.1",
+    "/lib/x86_64-linux-gnu/libm.so.6",
+];
+
 /// Files of the recipe: where they go, their mode and text.
 const FILES: &[(&str, u32, &str)] = &[
     (
@@ -306,6 +312,10 @@ fn stage_root(modules: &Modules, root: &Path) -> Result<()> {
         symlink(format!("usr/{link}"), root.join(link)).context("cannot stage the node's root")?;
     }
     let mut copied = BTreeSet::new();
+    for library in LIBRARIES.iter().map(PathBuf::from) {
+        copy(&library, root, &library)?;
+        copied.insert(library);
+    }
     for name in PROGRAMS.iter().chain(&["busybox"]) {
         let path = program(name)?;
         for library in libraries(&path)? {
