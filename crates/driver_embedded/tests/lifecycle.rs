@@ -27,10 +27,13 @@ const RESET: &[u8] = &[0x0f, 0x0b];
 /// Runs for ever.
 const SPIN: &[u8] = &[0xeb, 0xfe];
 
-/// The VMM, built from the same sources.
+/// The VMM, built from the same sources: `$COFFER_VMM` where there is no cargo.
 fn vmm() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
+        if let Some(program) = std::env::var_os("COFFER_VMM") {
+            return program.into();
+        }
         let built = Command::new(env!("CARGO"))
             .args([
                 "build",

@@ -170,7 +170,7 @@ fn test_in_node(place: &Place, programs: &[TestProgram], filter: &str) -> Result
 fn node_script(root: &Path, programs: &[TestProgram], filter: &str) -> Result<String> {
     let root = root.display();
     let mut script = format!(
-        "export COFFER_E2E=1 COFFER_E2E_ARTIFACTS=/job/artifacts RUST_BACKTRACE=1\nmkdir -p /job/artifacts\n\
+        "export COFFER_E2E=1 COFFER_E2E_ARTIFACTS=/job/artifacts COFFER_VMM=/opt/coffer/bin/coffer-vmm\nmkdir -p /job/artifacts\n\
          # The tests know the checkout by the name it has where they were built.\n\
          [ -e '{root}' ] || {{ mkdir -p '{root}' && rmdir '{root}' && ln -s /src '{root}'; }}\n\
          code=0\n\
