@@ -298,6 +298,43 @@ async fn exec_started_event_names_its_number() {
 }
 
 #[tokio::test]
+async fn oom_is_told_before_the_exit_that_it_causes() {
+    let mut pod = Pod::of(&["oom"]).await;
+    pod.create().await.unwrap();
+    pod.start("").await.unwrap();
+    assert_eq!(pod.wait("").await.unwrap(), 137);
+    assert_eq!(
+        pod.topics(4).await,
+        ["/tasks/create", "/tasks/start", "/tasks/oom", "/tasks/exit"]
+    );
+}
+
+#[tokio::test]
+async fn terminal_and_stdin_calls_are_taken_for_a_process_without_either() {
+    let pod = Pod::of(&["sleep"]).await;
+    let pid = pod.create().await.unwrap();
+    let resize = api::ResizePtyRequest {
+        id: "c1".to_owned(),
+        width: 80,
+        height: 25,
+        ..Default::default()
+    };
+    pod.task.resize_pty(patiently(), &resize).await.unwrap();
+    let close = api::CloseIORequest {
+        id: "c1".to_owned(),
+        stdin: true,
+        ..Default::default()
+    };
+    pod.task.close_io(patiently(), &close).await.unwrap();
+    let connect = api::ConnectRequest {
+        id: "c1".to_owned(),
+        ..Default::default()
+    };
+    let connected = pod.task.connect(patiently(), &connect).await.unwrap();
+    assert_eq!((connected.task_pid, connected.version.as_str()), (pid, "3"));
+}
+
+#[tokio::test]
 async fn many_waiters_get_the_same_answer() {
     let pod = Pod::of(&["sleep"]).await;
     pod.create().await.unwrap();
