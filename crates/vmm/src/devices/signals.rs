@@ -103,12 +103,11 @@ impl Signals {
         }
     }
 
+    /// Raises the line also if the bit is set already: an edge that came while the guest had the line masked is lost.
     fn raise(&self, bit: u32) {
-        // If the bit is set already, its edge is on the way and the driver has not looked yet.
-        if self.pending.fetch_or(bit, Ordering::SeqCst) & bit != bit {
-            // Fails only if the counter is full, and then the line is about to be raised anyway.
-            let _ = self.line.write(1);
-        }
+        self.pending.fetch_or(bit, Ordering::SeqCst);
+        // Fails only if the counter is full, and then the line is about to be raised anyway.
+        let _ = self.line.write(1);
     }
 }
 
@@ -128,15 +127,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_edge_for_a_bit_until_it_is_acknowledged() {
+    fn every_signal_raises_the_line_and_sets_its_bit_until_it_is_acknowledged() {
         let line = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
         let signals = Signals::new(Arc::clone(&line));
         signals.signal_used_queue(0);
         signals.signal_used_queue(1);
-        assert_eq!(line.read().unwrap(), 1);
+        assert_eq!((line.read().unwrap(), signals.pending()), (2, USED_RING));
         signals.acknowledge(USED_RING);
+        assert_eq!(signals.pending(), 0);
         signals.signal_used_queue(0);
-        assert_eq!(line.read().unwrap(), 1);
+        assert_eq!((line.read().unwrap(), signals.pending()), (1, USED_RING));
     }
 
     #[test]
