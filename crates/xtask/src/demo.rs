@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use crate::node::{Job, Machine, Place, Work};
-use crate::step::{seconds, step};
+use crate::step::{seconds, section};
 use crate::{build, images, workspace};
 
 /// What the demonstration's container is told to end with.
@@ -41,7 +41,7 @@ pub(crate) fn run() -> Result<ExitCode> {
             ..Machine::default()
         },
     };
-    let code = step("node, containerd and container", || {
+    let code = section("node, containerd and container", || {
         place.run(&job, &mut io::stdout(), &mut io::stderr())
     })?;
     if code != EXIT_CODE {

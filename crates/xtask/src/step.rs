@@ -38,13 +38,24 @@ pub(crate) fn step<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T>
         });
         let result = work();
         drop(done);
-        match &result {
-            Ok(_) => eprintln!("==> {name}: {}", seconds(begin.elapsed())),
-            Err(_) => eprintln!("==> {name}: failed after {}", seconds(begin.elapsed())),
-        }
-        result
+        finish(name, begin, result)
     })
-    .with_context(|| name.to_owned())
+}
+
+/// Runs `work`, which itself says what it does.
+///
+/// # Errors
+/// Those of `work`, with the step's name.
+pub(crate) fn section<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let begin = Instant::now();
+    eprintln!("==> {name}");
+    finish(name, begin, work())
+}
+
+fn finish<T>(name: &str, begin: Instant, result: Result<T>) -> Result<T> {
+    let verdict = if result.is_ok() { "" } else { "failed after " };
+    eprintln!("==> {name}: {verdict}{}", seconds(begin.elapsed()));
+    result.with_context(|| name.to_owned())
 }
 
 /// A duration as people read it.

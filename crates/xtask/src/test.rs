@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::build::{KVM_TESTED_PACKAGES, SUITE, TestKind, TestProgram};
 use crate::node::{Job, Machine, Place, Work};
-use crate::step::step;
+use crate::step::{section, step};
 use crate::tally::{Outcome, Tally};
 use crate::{build, check, images, kernel, kernel_selftest, process, workspace};
 
@@ -153,7 +153,7 @@ fn test_in_node(place: &Place, programs: &[TestProgram], filter: &str) -> Result
         to: io::stdout(),
         copy: Vec::new(),
     };
-    let code = step("tests that need VMs", || {
+    let code = section("tests that need VMs", || {
         place.run(&job, &mut out, &mut io::stderr())
     })?;
     let tally = Tally::of_libtest(&String::from_utf8_lossy(&out.copy));
