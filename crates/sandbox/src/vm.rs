@@ -32,7 +32,7 @@ use crate::phase::{Of, phase};
 const LAST_EVENTS: Duration = Duration::from_secs(1);
 
 /// The most lines of the console that go into an error.
-const CONSOLE_LINES: usize = 12;
+const CONSOLE_LINES: usize = 24;
 
 /// Where the VM is.
 #[derive(Clone)]

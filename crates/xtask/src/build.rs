@@ -95,6 +95,22 @@ pub(crate) fn tests() -> Result<Vec<TestProgram>> {
     })
 }
 
+/// Builds the program that measures in the node into `tests/`.
+///
+/// # Errors
+/// When it does not compile.
+pub(crate) fn bench(dist: &Path) -> Result<()> {
+    step("measuring program for the node", || {
+        let mut cargo = cargo_static("build");
+        cargo.args(["--release", "-p", "e2e", "--bin", "coffer-bench"]);
+        process::logged(&mut cargo, &workspace::logs().join("bench.log"))?;
+        install(
+            &built("release", "coffer-bench"),
+            &dist.join("tests/coffer-bench"),
+        )
+    })
+}
+
 fn build_host_programs(dist: &Path) -> Result<()> {
     let mut cargo = cargo_static("build");
     cargo

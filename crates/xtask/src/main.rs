@@ -4,6 +4,7 @@
 //! Builds, tests, checks and benchmarks the project: `cargo xtask --help`.
 
 mod apt;
+mod bench;
 mod build;
 mod cache;
 mod check;
@@ -48,6 +49,8 @@ enum Verb {
     Check,
     /// Runs a container in a microVM, from nothing but this checkout.
     Demo,
+    /// Measures Coffer beside runc.
+    Bench(bench::Arguments),
     /// Runs every check and every test; ends with their number.
     Test(test::Arguments),
     /// Opens a shell in the nested-KVM node, or runs a command there.
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Verb::Build => build::run().map(|()| ExitCode::SUCCESS),
         Verb::Check => run_checks(),
         Verb::Demo => demo::run(),
+        Verb::Bench(arguments) => bench::run(&arguments),
         Verb::Test(arguments) => test::run(&arguments),
         Verb::Node(arguments) => node_verb::run(&arguments),
     };
