@@ -103,10 +103,7 @@ fn code_lines(text: &str) -> usize {
     let code = |line: &&str| !line.trim().is_empty() && !line.trim_start().starts_with("//");
     let lines: Vec<&str> = text.lines().collect();
     // The last one, which is the module of tests: an earlier one may be on a single item.
-    let end = lines
-        .iter()
-        .rposition(tests)
-        .unwrap_or(lines.len());
+    let end = lines.iter().rposition(tests).unwrap_or(lines.len());
     lines.iter().take(end).filter(|line| code(line)).count()
 }
 
