@@ -28,6 +28,15 @@ pub(crate) const WAITING_CONNECTIONS: usize = 64;
 /// What a call gets back.
 type Outcome = Result<Answer, Refusal>;
 
+/// Why nothing more comes from a VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Silence {
+    /// It has closed its end: it is on its way out.
+    Closed,
+    /// It has broken the protocol, and must not go on.
+    Violation,
+}
+
 /// This process's end of the control socket.
 #[derive(Debug)]
 pub(crate) struct Link {
@@ -130,8 +139,11 @@ impl Link {
     }
 
     /// Takes in what the VMM says until it closes its end, or says what is no message.
-    pub(crate) async fn listen(&self, connections: mpsc::Sender<(VsockPort, UnixStream)>) {
-        loop {
+    pub(crate) async fn listen(
+        &self,
+        connections: mpsc::Sender<(VsockPort, UnixStream)>,
+    ) -> Silence {
+        let silence = loop {
             let received = self
                 .socket
                 .async_io(Interest::READABLE, |socket| {
@@ -143,19 +155,23 @@ impl Link {
                     Ok(message) => self.take(message, descriptors, &connections),
                     Err(error) => {
                         tracing::error!(%error, "the VMM has sent what is no message");
-                        break;
+                        break Silence::Violation;
                     }
                 },
-                Ok(Received::Closed) => break,
+                Ok(Received::Closed) => break Silence::Closed,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    break Silence::Closed;
+                }
                 Err(error) => {
-                    tracing::debug!(%error, "the control socket has failed");
-                    break;
+                    tracing::error!(%error, "the control socket has failed");
+                    break Silence::Violation;
                 }
             }
-        }
+        };
         let mut calls = self.calls();
         calls.closed = true;
         calls.waiting.clear();
+        silence
     }
 
     fn take(

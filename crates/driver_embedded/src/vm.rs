@@ -24,7 +24,7 @@ use vmm::control::{Answer, ControlSocket, Request};
 
 use crate::disk_config;
 use crate::guardian::{self, Process, ProcessEnd};
-use crate::link::{LastWords, Link, WAITING_CONNECTIONS, gone};
+use crate::link::{LastWords, Link, Silence, WAITING_CONNECTIONS, gone};
 use crate::vsock::GuestSocket;
 
 /// How long building a VM may take; milliseconds on hardware, most of a second in a nested emulator under load.
@@ -65,8 +65,12 @@ impl EmbeddedVm {
         let (send_exit, exit) = watch::channel(None);
         let killed = Arc::new(AtomicBool::new(false));
         let listener = tokio::spawn({
-            let link = Arc::clone(&link);
-            async move { link.listen(send_connections).await }
+            let (link, process) = (Arc::clone(&link), process.clone());
+            async move {
+                if link.listen(send_connections).await == Silence::Violation {
+                    process.kill();
+                }
+            }
         });
         tokio::spawn(watch_end(
             end,

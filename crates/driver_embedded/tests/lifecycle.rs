@@ -215,6 +215,22 @@ async fn program_that_is_no_vmm_is_an_error_and_no_hang() {
 }
 
 #[tokio::test]
+async fn vmm_that_breaks_the_protocol_is_killed() {
+    // Answers with a message that is none, and would stay.
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("vmm");
+    let script = "#!/bin/sh\nprintf nonsense >&0\nexec sleep 1000\n";
+    std::fs::write(&program, script).unwrap();
+    let mut permissions = std::fs::metadata(&program).unwrap().permissions();
+    std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o755);
+    std::fs::set_permissions(&program, permissions).unwrap();
+    let launched = fixture_with(&program).driver.launch(spec(SPIN)).await;
+    let error = launched.err().unwrap();
+    assert_eq!(error.kind(), DriverErrorKind::Failed);
+    assert!(error.to_string().contains("signal 9"), "{error}");
+}
+
+#[tokio::test]
 async fn disks_fill_slots_until_none_is_left_and_detached_slots_are_free_again() {
     let vm = launch(spec(SPIN)).await.unwrap();
     let mut devices = Vec::new();
