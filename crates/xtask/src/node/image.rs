@@ -91,6 +91,8 @@ const FILES: &[(&str, u32, &str)] = &[
     ("etc/resolv.conf", 0o644, ""),
 ];
 
+/// A program of the recipe, see there.
+const HOLD_KVM: &str = include_str!("../../../../ci/node/hold_kvm.rs");
 const INIT: &str = include_str!("../../../../ci/node/init");
 const MODULES: &str = include_str!("../../../../ci/node/modules");
 /// Packages whose files are copied; their versions name the image.
@@ -131,6 +133,7 @@ pub(crate) fn ensure() -> Result<Image> {
         .part("recipe", include_str!("modules.rs"))
         .part("init", INIT)
         .part("modules", MODULES)
+        .part("hold_kvm", HOLD_KVM)
         .part("kernel", &kernel.release);
     for package in COPIED {
         key = key.part(package, apt::version(package).unwrap_or_default());
@@ -345,6 +348,22 @@ fn stage_root(modules: &Modules, root: &Path) -> Result<()> {
     for (path, mode, text) in FILES {
         write(&root.join(path), *mode, text.as_bytes())?;
     }
+    let source = root.join("hold_kvm.rs");
+    write(&source, 0o644, HOLD_KVM.as_bytes())?;
+    let mut rustc = Command::new("rustc");
+    rustc.args([
+        "--edition=2024",
+        "-O",
+        "-Cstrip=symbols",
+        "-Ctarget-feature=+crt-static",
+        "-o",
+    ]);
+    process::output(
+        rustc
+            .arg(root.join("usr/lib/coffer-node/hold_kvm"))
+            .arg(&source),
+    )?;
+    fs::remove_file(&source).context("cannot remove a staged source")?;
     for module in &modules.late {
         write(
             &root
