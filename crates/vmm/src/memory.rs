@@ -13,6 +13,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestM
 use crate::VmmError;
 use crate::layout::{PAGE_BYTES, RamBlock};
 
+/// Guests up to this size get small pages. Huge ones make an idle guest of 256 MiB 7 MiB larger (32.5 instead of 25.6 MiB):
+/// a guest that boots touches a little of many 2 MiB blocks. Larger guests have what the host's setting gives them.
+const SMALL_PAGES_UP_TO: u64 = 1 << 30;
+
 /// Maps the guest's RAM.
 ///
 /// # Errors
@@ -29,11 +33,23 @@ pub fn map_ram(blocks: &[RamBlock]) -> Result<GuestMemoryMmap, VmmError> {
         operation: "map guest memory",
         source: io::Error::other(error),
     })?;
+    let total: u64 = blocks.iter().map(|block| block.len).sum();
     for region in memory.iter() {
         // A core file would hold the tenant's memory.
         advise(region, libc::MADV_DONTDUMP)?;
+        if total <= SMALL_PAGES_UP_TO {
+            small_pages(region)?;
+        }
     }
     Ok(memory)
+}
+
+/// A kernel without huge pages (`EINVAL`) has nothing else.
+fn small_pages(region: &vm_memory::GuestRegionMmap) -> Result<(), VmmError> {
+    match advise(region, libc::MADV_NOHUGEPAGE) {
+        Err(VmmError::Host { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        result => result,
+    }
 }
 
 fn advise(region: &vm_memory::GuestRegionMmap, advice: libc::c_int) -> Result<(), VmmError> {
