@@ -120,7 +120,7 @@ pub enum VmmError {
 pub enum ExitCode {
     /// The guest shut down or reset itself.
     Guest = 0,
-    /// Internal error: a panic ends by SIGABRT instead, so this is not used for one.
+    /// Standard input is no control socket.
     Usage = 2,
     /// The control socket brought nonsense, or a configuration no VM can have.
     Config = 3,

@@ -6,11 +6,18 @@
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::exit;
 
+use rustix::net::SocketType;
 use vmm::control::ControlSocket;
 use vmm::{ExitCode, jail};
 
 fn main() {
     let code = match jail::at_start() {
+        Ok(()) if !is_control_socket() => {
+            eprintln!(
+                "coffer-vmm is started by containerd-shim-coffer-v2, with its control socket as standard input"
+            );
+            ExitCode::Usage
+        }
         Ok(()) => vmm::serve(control_socket()),
         Err(error) => {
             eprintln!("{}", error.chain());
@@ -18,6 +25,10 @@ fn main() {
         }
     };
     exit(i32::from(code as u8));
+}
+
+fn is_control_socket() -> bool {
+    rustix::net::sockopt::socket_type(std::io::stdin()) == Ok(SocketType::SEQPACKET)
 }
 
 #[expect(unsafe_code, reason = "taking over standard input")]

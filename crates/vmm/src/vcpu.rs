@@ -171,21 +171,26 @@ impl Vcpu {
     /// Obeys what has come with a kick; false if the vCPU is to stop.
     fn obey(&mut self, commands: &Receiver<Command>) -> bool {
         self.fd.set_kvm_immediate_exit(0);
-        match commands.try_recv() {
-            Ok(Command::Pause(done)) => {
-                self.complete_exit();
-                let _ = done.send(());
-                self.wait_for_resume(commands)
+        // All of it: the kicks of two commands may have become one.
+        while let Ok(command) = commands.try_recv() {
+            match command {
+                Command::Pause(done) => {
+                    self.complete_exit();
+                    let _ = done.send(());
+                    if !self.wait_for_resume(commands) {
+                        return false;
+                    }
+                }
+                Command::Stop => return false,
+                Command::Save(_, reply) => {
+                    let _ = reply.send(Err(VmmError::State {
+                        reason: "the vCPU runs",
+                    }));
+                }
+                Command::Resume => {}
             }
-            Ok(Command::Stop) => false,
-            Ok(Command::Save(_, reply)) => {
-                let _ = reply.send(Err(VmmError::State {
-                    reason: "the vCPU runs",
-                }));
-                true
-            }
-            Ok(Command::Resume) | Err(_) => true,
         }
+        true
     }
 
     /// Lets KVM finish the access that the last exit was for (KVM API §5): state saved before would lose it.

@@ -47,6 +47,17 @@ fn control_socket_closed_before_the_configuration_ends_the_process() {
 }
 
 #[test]
+fn program_started_by_hand_says_who_starts_it() {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_coffer-vmm"))
+        .stdin(std::process::Stdio::null())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(ExitCode::Usage as i32));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("containerd-shim-coffer-v2"), "{text}");
+}
+
+#[test]
 fn killed_vmm_leaves_its_socket_closed() {
     let (mut vmm, result) = Vmm::start(&config(), &files(&pvh_kernel(SPIN)));
     assert_eq!(result, Ok(Answer::Done));
