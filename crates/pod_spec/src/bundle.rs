@@ -55,6 +55,9 @@ pub struct ContainerSpec {
     pub guest_spec: Vec<u8>,
     /// Host files to copy into the guest.
     pub copies: Vec<HostCopy>,
+    /// The root file system on the host, relative to the bundle or absolute: where it is if containerd hands over no
+    /// mounts for it.
+    pub host_rootfs: PathBuf,
 }
 
 /// A host file or folder whose copy a container mounts.
@@ -129,9 +132,11 @@ impl Bundle {
     /// The VM of the pod whose first container this is.
     ///
     /// # Errors
-    /// [`SpecError::TooLarge`] or [`SpecError::Annotation`].
+    /// [`SpecError::HostNamespace`], [`SpecError::TooLarge`] or [`SpecError::Annotation`].
     pub fn pod(&self, guest: &Guest) -> Result<PodSpec, SpecError> {
         let linux = self.spec.linux().as_ref();
+        let namespaces = linux.and_then(|linux| linux.namespaces().as_deref());
+        translate::refuse_host_namespaces(namespaces.unwrap_or_default())?;
         let limits = match self.role {
             Role::Standalone => {
                 Limits::from_resources(linux.and_then(|linux| linux.resources().as_ref()))

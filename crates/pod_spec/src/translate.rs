@@ -43,6 +43,7 @@ pub(crate) fn container(
         .ok_or(SpecError::Missing("process"))?;
     strip_host_labels(process)?;
     let root = spec.root_mut().as_mut().ok_or(SpecError::Missing("root"))?;
+    let host_rootfs = root.path().clone();
     root.set_path(layout::rootfs(id).into());
 
     let linux = spec
@@ -57,7 +58,11 @@ pub(crate) fn container(
     spec.set_domainname(None);
     spec.set_annotations(None);
     let guest_spec = serde_json::to_vec(&spec).map_err(SpecError::Json)?;
-    Ok(ContainerSpec { guest_spec, copies })
+    Ok(ContainerSpec {
+        guest_spec,
+        copies,
+        host_rootfs,
+    })
 }
 
 /// The process of an exec for the guest, as JSON.
@@ -133,17 +138,7 @@ fn translate_linux(linux: &mut Linux, role: &Role) -> Result<(), SpecError> {
 /// The namespaces for the guest. The guest's own network, ipc and uts namespaces are the pod's, so those go; what is
 /// left is made anew for each container.
 fn namespaces(asked: &[LinuxNamespace]) -> Result<Vec<LinuxNamespace>, SpecError> {
-    let has = |kind| asked.iter().any(|namespace| namespace.typ() == kind);
-    let pods = [
-        (LinuxNamespaceType::Network, "network", "hostNetwork"),
-        (LinuxNamespaceType::Ipc, "ipc", "hostIPC"),
-        (LinuxNamespaceType::Pid, "pid", "hostPID"),
-    ];
-    for (kind, name, field) in pods {
-        if !has(kind) {
-            return Err(SpecError::HostNamespace(name, field));
-        }
-    }
+    refuse_host_namespaces(asked)?;
     let mut guest = Vec::new();
     for namespace in asked {
         match namespace.typ() {
@@ -160,10 +155,30 @@ fn namespaces(asked: &[LinuxNamespace]) -> Result<Vec<LinuxNamespace>, SpecError
     }
     // A container must not see the guest's cgroups, whatever cgroup version the node has.
     guest.push(new_namespace(LinuxNamespaceType::Cgroup)?);
-    if !has(LinuxNamespaceType::Mount) {
+    if !has(asked, LinuxNamespaceType::Mount) {
         guest.push(new_namespace(LinuxNamespaceType::Mount)?);
     }
     Ok(guest)
+}
+
+/// Refuses a spec that leaves out a namespace, for then it means the host's.
+///
+/// # Errors
+/// [`SpecError::HostNamespace`].
+pub(crate) fn refuse_host_namespaces(asked: &[LinuxNamespace]) -> Result<(), SpecError> {
+    let pods = [
+        (LinuxNamespaceType::Network, "network", "hostNetwork"),
+        (LinuxNamespaceType::Ipc, "ipc", "hostIPC"),
+        (LinuxNamespaceType::Pid, "pid", "hostPID"),
+    ];
+    match pods.into_iter().find(|(kind, _, _)| !has(asked, *kind)) {
+        Some((_, name, field)) => Err(SpecError::HostNamespace(name, field)),
+        None => Ok(()),
+    }
+}
+
+fn has(asked: &[LinuxNamespace], kind: LinuxNamespaceType) -> bool {
+    asked.iter().any(|namespace| namespace.typ() == kind)
 }
 
 fn new_namespace(kind: LinuxNamespaceType) -> Result<LinuxNamespace, SpecError> {

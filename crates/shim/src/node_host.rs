@@ -73,7 +73,11 @@ impl NodeHost {
             });
         }
         let rootfs = store
-            .rootfs(&task.container, &mounts, &task.bundle.join("rootfs"))
+            .rootfs(
+                &task.container,
+                &mounts,
+                &task.bundle.join(&spec.host_rootfs),
+            )
             .map_err(storage_error)?;
         Ok(GuestContainer {
             spec_json: spec.guest_spec,
