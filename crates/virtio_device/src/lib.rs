@@ -37,8 +37,6 @@ mod guest_io;
 mod interrupt;
 mod metrics;
 mod queue;
-#[cfg(test)]
-mod queue_tests;
 pub mod rng;
 mod state;
 #[cfg(test)]
