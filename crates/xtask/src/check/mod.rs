@@ -89,6 +89,10 @@ fn cargo(
             .current_dir(workspace::root())
             .env("CARGO_TERM_COLOR", "never");
         cargo.envs(environment.iter().copied());
-        process::output(&mut cargo).map(drop)
+        let verb = arguments.first().copied().unwrap_or_default();
+        process::logged(
+            &mut cargo,
+            &workspace::logs().join(format!("check-{verb}.log")),
+        )
     }
 }
