@@ -39,6 +39,9 @@ use crate::start::{TTRPC_ADDRESS, read_config};
 use crate::state_dir::StateDir;
 use crate::task_service::TaskService;
 
+/// How long a sandbox may stand without its first container. containerd creates it as soon as `start` has answered.
+const FIRST_TASK_LIMIT: Duration = Duration::from_secs(30);
+
 /// How long the last answers may take to reach containerd.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
 
@@ -204,6 +207,7 @@ impl Shim<'_> {
             .map_err(|error| ShimError::Server(error.into()))?;
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "serving");
 
+        tokio::spawn(end_if_unused(sandbox.clone()));
         signals.or_end_of(&sandbox).await;
 
         // Calls are answered when the sandbox has ended; what is answered is written before the server has stopped.
@@ -239,6 +243,15 @@ impl Shim<'_> {
         if let Err(error) = cleaned {
             tracing::warn!(error = report(&error), "something is left to delete");
         }
+    }
+}
+
+/// Ends a sandbox for which no container has come: a containerd that dies between starting a shim and its first call
+/// forgets the shim.
+async fn end_if_unused(sandbox: SandboxHandle) {
+    tokio::time::sleep(FIRST_TASK_LIMIT).await;
+    if sandbox.shutdown().await.is_ok() {
+        tracing::warn!("no container has come: the sandbox ends");
     }
 }
 

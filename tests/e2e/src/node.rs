@@ -5,10 +5,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::time::Instant;
-
-use kvm_ioctls::{Kvm, VmFd};
 
 use crate::audit::Audit;
 use crate::command::{self, DEADLINE};
@@ -18,15 +15,6 @@ const CONFIG: &str = "/etc/coffer/config.toml";
 
 /// Where containerd writes its log on the node, and with it that of every shim.
 const CONTAINERD_LOG: &str = "/run/containerd.log";
-
-/// A VM without a vCPU, held as long as the tests run. While a kernel has a VM, its scheduler's code has a branch switched
-/// on; an emulated node with two CPUs does not always survive that code being changed under it, and tests start many VMs.
-static HELD_VM: OnceLock<Option<VmFd>> = OnceLock::new();
-
-/// Has the node's kernel keep its KVM code switched on until this process ends.
-pub fn hold_kvm() {
-    HELD_VM.get_or_init(|| Kvm::new().and_then(|kvm| kvm.create_vm()).ok());
-}
 
 /// One test's hold on the node. Its end is the audit: the test fails if anything is left that was not there before.
 #[derive(Debug)]
@@ -46,7 +34,6 @@ impl Node {
             std::env::var_os("COFFER_E2E").is_some(),
             "the end-to-end tests run in a node: use `cargo xtask test`"
         );
-        hold_kvm();
         let log_at_start = fs::metadata(CONTAINERD_LOG).map_or(0, |log| log.len());
         Self {
             test: test.to_owned(),
@@ -110,7 +97,7 @@ impl Drop for Node {
             return;
         }
         // What has just been killed may take a moment to go.
-        let deadline = Instant::now() + DEADLINE / 6;
+        let deadline = Instant::now() + DEADLINE / 3;
         loop {
             let left = Audit::take().left_since(&self.before);
             if left.is_empty() {

@@ -74,9 +74,7 @@ fn killed_process_of_the_container_is_its_own_exit() {
 fn shim_survives_containerds_restart() {
     let node = Node::new("shim_survives_containerds_restart");
     let container = Container::start("containerd-killed", &["sleep", "infinity"]);
-    let containerd = only(&named("containerd"));
-    kill_9(containerd);
-    restart_containerd();
+    drop(ContainerdDown::kill());
     assert_eq!(
         container.status().as_deref(),
         Some("RUNNING"),
@@ -95,12 +93,28 @@ fn shim_survives_containerds_restart() {
 fn exit_while_containerd_is_down_is_told_afterwards() {
     let _node = Node::new("exit_while_containerd_is_down_is_told_afterwards");
     let container = Container::start("exit-while-down", &["sleep", "infinity"]);
-    kill_9(only(&named("containerd")));
     let (vmm, _) = vmm_and_shim();
+    let down = ContainerdDown::kill();
     kill_9(vmm);
-    restart_containerd();
+    drop(down);
     container.wait_stopped();
     assert_eq!(container.delete_task(), 137);
+}
+
+/// A node without containerd, until it is started again, at the latest when this is dropped.
+struct ContainerdDown;
+
+impl ContainerdDown {
+    fn kill() -> Self {
+        kill_9(only(&named("containerd")));
+        Self
+    }
+}
+
+impl Drop for ContainerdDown {
+    fn drop(&mut self) {
+        restart_containerd();
+    }
 }
 
 /// Starts containerd as the node's boot did.
@@ -191,9 +205,9 @@ fn containerd_killed_while_a_container_is_made() {
             (!named("coffer-vmm").is_empty() || ctr.try_wait().unwrap().is_some()).then_some(())
         });
         std::thread::sleep(std::time::Duration::from_millis(moment * 200));
-        kill_9(only(&named("containerd")));
+        let down = ContainerdDown::kill();
         ctr.wait().unwrap();
-        restart_containerd();
+        drop(down);
         run("ctr", &["task", "kill", "--signal", "SIGKILL", &id]);
         run("ctr", &["task", "delete", "--force", &id]);
         run("ctr", &["container", "delete", &id]);

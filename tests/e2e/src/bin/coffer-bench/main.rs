@@ -22,7 +22,6 @@ fn main() {
         .next()
         .map_or_else(|| PathBuf::from("bench.json"), PathBuf::from);
 
-    e2e::hold_kvm();
     let mut results = Results::default();
     measure::first_use(&mut results);
     measure::cold_start(&mut results, repetitions);
