@@ -75,7 +75,7 @@ pub(crate) fn unpack_dependency(package: &str, dependency: &str, into: &Path) ->
     })?;
     let concrete = depends
         .split_whitespace()
-        .find(|word| word.starts_with(dependency))
+        .find(|word| word.starts_with(dependency) && *word != package)
         .with_context(|| format!("apt knows no {dependency}* that {package} depends on"))?;
     let folder = tempfile::tempdir().context("cannot create a temporary folder")?;
     // apt downloads as a user of its own where it can; the folder is root's, so it says so and goes on.

@@ -8,7 +8,7 @@
 //! the agent. It makes its mounts, takes on its user, capabilities and seccomp filter, and waits to be started.
 //!
 //! Invariants: everything in a spec is enforced or refused ([`check_spec`]); no step trusts a path of the image
-//! ([`rootfs`]); an error of any step reaches the agent as text, and a process that fails ends.
+//! (`rootfs`); an error of any step reaches the agent as text, and a process that fails ends.
 
 mod capabilities;
 mod channel;

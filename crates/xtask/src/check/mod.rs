@@ -31,6 +31,7 @@ pub(crate) fn run() -> Result<Tally> {
             &[
                 "clippy",
                 "--workspace",
+                "--keep-going",
                 "--all-targets",
                 "--",
                 "-D",
