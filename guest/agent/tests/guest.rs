@@ -45,8 +45,12 @@ fn main() {
             ($($test:ident)*) => {$(
                 if stringify!($test).contains(&only) {
                     let start = Instant::now();
-                    let limit = std::time::Duration::from_secs(120);
-                    tokio::time::timeout(limit, $test(&mut guest)).await.expect(stringify!($test));
+                    let limit = std::time::Duration::from_secs(30);
+                    let ended = tokio::time::timeout(limit, $test(&mut guest)).await;
+                    if ended.is_err() {
+                        let dump = guest.client.dump(host::ctx(), &api::Empty::new()).await.unwrap().json;
+                        panic!("{} does not end: {dump}", stringify!($test));
+                    }
                     println!("{} ... ok ({} ms)", stringify!($test), start.elapsed().as_millis());
                 }
             )*};
@@ -185,11 +189,7 @@ async fn large_output_is_whole(guest: &mut Guest) {
     let mut bytes = 0_usize;
     let mut part = vec![0; 65536];
     loop {
-        let read = tokio::time::timeout(std::time::Duration::from_secs(20), stdout.read(&mut part));
-        let count = read
-            .await
-            .unwrap_or_else(|_| panic!("stuck after {bytes} bytes"))
-            .unwrap();
+        let count = stdout.read(&mut part).await.unwrap();
         if count == 0 {
             break;
         }
@@ -340,11 +340,23 @@ async fn terminal_echoes_and_resizes(guest: &mut Guest) {
 }
 
 async fn large_terminal_output_is_whole(guest: &mut Guest) {
-    let io = Io { terminal: true, stdin: false };
-    let mut process = guest.create("ttybig", io, shell("seq 100000")).await.unwrap();
+    let io = Io {
+        terminal: true,
+        stdin: false,
+    };
+    let mut process = guest
+        .create("ttybig", io, shell("seq 100000"))
+        .await
+        .unwrap();
     guest.start(&process).await.unwrap();
     let mut bytes = Vec::new();
-    process.stdout.take().unwrap().read_to_end(&mut bytes).await.unwrap();
+    process
+        .stdout
+        .take()
+        .unwrap()
+        .read_to_end(&mut bytes)
+        .await
+        .unwrap();
     assert_eq!(bytes.len(), 688_895);
     assert_eq!(guest.exit_status(&process).await, 0);
     guest.remove(&process).await;

@@ -7,6 +7,7 @@
 //! mount delays neither a signal nor an event. The table's lock is only ever held for a look or a change.
 
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -362,7 +363,9 @@ impl<S: System> Agent<S> {
         serde_json::json!({
             "containers": self.table().dump(),
             "events": {"unacknowledged": unread, "last": last},
-            "streams": {"unclaimed_connections": connections, "awaited_connections": processes},
+            "unclaimed_connections": connections,
+            "awaited_connections": processes,
+            "streams": self.connections.dump(),
         })
         .to_string()
     }
@@ -427,7 +430,6 @@ impl<S: System> Agent<S> {
                 self.spawn_output(
                     (key.clone(), kind),
                     watched(descriptor)?,
-                    plan.terminal,
                     wanted,
                     removed.clone(),
                 );
@@ -444,6 +446,7 @@ impl<S: System> Agent<S> {
         mut removed: watch::Receiver<bool>,
     ) {
         let claimed = self.connections.claim(&key, StreamKind::Stdin);
+        let passed = self.connections.counter(&key, StreamKind::Stdin);
         let connections = self.connections.clone();
         tokio::spawn(async move {
             let work = async {
@@ -454,7 +457,7 @@ impl<S: System> Agent<S> {
                     closed = waiting.wait_for(|bytes| *bytes == Some(0)) => closed.ok().and(None),
                 };
                 if let Some(mut source) = source {
-                    pump_input(&mut source, &mut sink, &mut close_after).await;
+                    pump_input(&mut source, &mut sink, &mut close_after, &passed).await;
                 }
             };
             tokio::select! {
@@ -469,11 +472,11 @@ impl<S: System> Agent<S> {
         &self,
         (key, kind): (ProcessKey, StreamKind),
         mut source: Stream,
-        terminal: bool,
         wanted: bool,
         mut removed: watch::Receiver<bool>,
     ) {
         let claimed = wanted.then(|| self.connections.claim(&key, kind));
+        let sent = self.connections.counter(&key, kind);
         let connections = self.connections.clone();
         let events = self.events.clone();
         tokio::spawn(async move {
@@ -483,8 +486,8 @@ impl<S: System> Agent<S> {
                     return;
                 };
                 if let Ok(mut sink) = claimed.await {
-                    let bytes = pump_output(&mut source, &mut sink, terminal).await;
-                    events.stream_ended(&key, kind, bytes);
+                    pump_output(&mut source, &mut sink, &sent).await;
+                    events.stream_ended(&key, kind, sent.load(Ordering::Relaxed));
                     // The host may have gone first.
                     let _ = sink.finish();
                 }

@@ -3,6 +3,8 @@
 
 //! From a connection to a process's input.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::watch;
 
@@ -11,18 +13,18 @@ use super::Stream;
 const BUFFER_LEN: usize = 64 * 1024;
 
 /// Moves what the host sends to the process, until the host's end is closed, or `close_after` says how many bytes there
-/// are and so many have passed, or the process has closed its end. Dropping both streams afterwards tells both sides.
+/// are and so many have `passed`, or the process has closed its end. Dropping both streams afterwards tells both sides.
 pub async fn pump_input(
     source: &mut Stream,
     sink: &mut Stream,
     close_after: &mut watch::Receiver<Option<u64>>,
+    passed: &AtomicU64,
 ) {
     let mut buffer = vec![0; BUFFER_LEN];
-    let mut passed = 0_u64;
     loop {
         if close_after
             .borrow_and_update()
-            .is_some_and(|bytes| passed >= bytes)
+            .is_some_and(|bytes| passed.load(Ordering::Relaxed) >= bytes)
         {
             return;
         }
@@ -45,7 +47,7 @@ pub async fn pump_input(
         {
             return;
         }
-        passed = passed.saturating_add(u64::try_from(count).unwrap_or(u64::MAX));
+        passed.fetch_add(u64::try_from(count).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 }
 
@@ -72,8 +74,9 @@ mod tests {
         let (close, mut close_after) = watch::channel(None);
         host.write_all(b"first ").unwrap();
         close.send_replace(Some(12));
-        let pump =
-            tokio::spawn(async move { pump_input(&mut source, &mut sink, &mut close_after).await });
+        let pump = tokio::spawn(async move {
+            pump_input(&mut source, &mut sink, &mut close_after, &AtomicU64::new(0)).await
+        });
         tokio::task::yield_now().await;
         assert!(!pump.is_finished());
         host.write_all(b"second").unwrap();
@@ -89,7 +92,7 @@ mod tests {
         let (_close, mut close_after) = watch::channel(None);
         host.write_all(b"all").unwrap();
         drop(host);
-        pump_input(&mut source, &mut sink, &mut close_after).await;
+        pump_input(&mut source, &mut sink, &mut close_after, &AtomicU64::new(0)).await;
         drop(sink);
         let mut text = String::new();
         process.read_to_string(&mut text).unwrap();
@@ -102,7 +105,7 @@ mod tests {
         let (_close, mut close_after) = watch::channel(None);
         drop(process);
         host.write_all(b"x").unwrap();
-        pump_input(&mut source, &mut sink, &mut close_after).await;
+        pump_input(&mut source, &mut sink, &mut close_after, &AtomicU64::new(0)).await;
         drop(source);
         assert!(host.write_all(&[0; 1000]).is_err());
     }

@@ -11,6 +11,7 @@ mod output;
 mod stream;
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ type Key = (ProcessKey, StreamKind);
 #[derive(Debug, Default)]
 pub struct Connections {
     waiting: Mutex<HashMap<Key, Waiting>>,
+    /// The bytes that each open stream has moved, for [`Self::dump`].
+    moved: Mutex<HashMap<Key, Arc<AtomicU64>>>,
 }
 
 #[derive(Debug)]
@@ -78,9 +81,42 @@ impl Connections {
         receiver
     }
 
-    /// Forgets what waits for a process's stream, on either side.
+    /// Where a process's stream counts its bytes until it is released.
+    pub fn counter(&self, process: &ProcessKey, kind: StreamKind) -> Arc<AtomicU64> {
+        let counter = Arc::new(AtomicU64::new(0));
+        self.moved
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert((process.clone(), kind), counter.clone());
+        counter
+    }
+
+    /// Forgets a process's stream and what waits for it, on either side.
     pub fn release(&self, process: &ProcessKey, kind: StreamKind) {
-        self.lock().remove(&(process.clone(), kind));
+        let key = (process.clone(), kind);
+        self.lock().remove(&key);
+        self.moved
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&key);
+    }
+
+    /// The open streams and their bytes, for people.
+    pub fn dump(&self) -> serde_json::Value {
+        let moved = self.moved.lock().unwrap_or_else(PoisonError::into_inner);
+        let waiting = self.lock();
+        moved
+            .iter()
+            .map(|(key, bytes)| {
+                serde_json::json!({
+                    "container": key.0.container.as_str(),
+                    "exec": key.0.exec.as_ref().map(ids::ExecId::as_str),
+                    "kind": format!("{:?}", key.1),
+                    "bytes": bytes.load(Ordering::Relaxed),
+                    "connected": !waiting.contains_key(key),
+                })
+            })
+            .collect()
     }
 
     /// How many connections and how many processes wait.

@@ -3,104 +3,29 @@
 
 //! From a process's output to its connection.
 //!
-//! Pipes are spliced, so that the bytes are copied once, into the socket's packets. A terminal cannot be spliced to a
-//! socket (splice(2) wants a pipe), and is read and written.
+//! Read and written, not spliced: virtio-vsock copies the bytes into its packets in either case.
 
 use std::io;
-use std::os::fd::AsFd as _;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
-use rustix::pipe::SpliceFlags;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::Stream;
 
-/// The most bytes moved by one splice: a pipe of the default size.
-const SPLICE_LEN: usize = 64 * 1024;
+/// A pipe of the default size in one read.
+const BUFFER_LEN: usize = 64 * 1024;
 
-/// The buffer for what cannot be spliced.
-const BUFFER_LEN: usize = 16 * 1024;
-
-/// Moves everything that `source` gives to `sink`, and says how many bytes `sink` took. If the host's end goes away the
-/// rest is read and thrown away: the process must not stall.
+/// Moves everything that `source` gives to `sink`, counting in `sent` the bytes that `sink` took. If the host's end goes
+/// away the rest is read and thrown away: the process must not stall.
 ///
 /// A terminal's end (`EIO`, when all processes have left it) is an end like any other.
-pub async fn pump_output(source: &mut Stream, sink: &mut Stream, terminal: bool) -> u64 {
-    let mut sent = 0_u64;
-    let result = if terminal {
-        copy(source, sink, &mut sent).await
-    } else {
-        match splice(source, sink, &mut sent).await {
-            // This kind of socket cannot be spliced to; nothing was moved by the call.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                copy(source, sink, &mut sent).await
-            }
-            other => other,
-        }
-    };
-    if result.is_err() {
+pub async fn pump_output(source: &mut Stream, sink: &mut Stream, sent: &AtomicU64) {
+    if copy(source, sink, sent).await.is_err() {
         discard(source).await;
     }
-    sent
 }
 
-async fn splice(source: &Stream, sink: &Stream, sent: &mut u64) -> io::Result<()> {
-    loop {
-        let step = source
-            .when_readable(|pipe| {
-                match rustix::pipe::splice(
-                    pipe,
-                    None,
-                    sink.as_fd(),
-                    None,
-                    SPLICE_LEN,
-                    SpliceFlags::NONBLOCK,
-                ) {
-                    Ok(count) => Ok(Some(count)),
-                    // Either the pipe is empty or the socket is full: only then is there something to wait for elsewhere.
-                    Err(Errno::AGAIN) if has_data(source) => Ok(None),
-                    Err(error) => Err(error.into()),
-                }
-            })
-            .await?;
-        match step {
-            Some(0) => return Ok(()),
-            Some(count) => *sent = sent.saturating_add(u64::try_from(count).unwrap_or(u64::MAX)),
-            None => {
-                // Clears the readiness if the socket is in truth still full.
-                sink.when_writable(|socket| {
-                    if is_full(socket) {
-                        Err(io::ErrorKind::WouldBlock.into())
-                    } else {
-                        Ok(())
-                    }
-                })
-                .await?;
-            }
-        }
-    }
-}
-
-fn has_data(pipe: &Stream) -> bool {
-    ready_for(pipe.as_fd(), PollFlags::IN)
-}
-
-fn is_full(socket: std::os::fd::BorrowedFd<'_>) -> bool {
-    !ready_for(socket, PollFlags::OUT)
-}
-
-/// Whether the descriptor has one of `wanted`, or an error that the next call will tell, at this moment.
-fn ready_for(descriptor: std::os::fd::BorrowedFd<'_>, wanted: PollFlags) -> bool {
-    let mut polled = [PollFd::from_borrowed_fd(descriptor, wanted)];
-    let now = Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    matches!(poll(&mut polled, Some(&now)), Ok(1..))
-}
-
-async fn copy(source: &mut Stream, sink: &mut Stream, sent: &mut u64) -> io::Result<()> {
+async fn copy(source: &mut Stream, sink: &mut Stream, sent: &AtomicU64) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER_LEN];
     loop {
         let count = match source.read(&mut buffer).await {
@@ -111,7 +36,7 @@ async fn copy(source: &mut Stream, sink: &mut Stream, sent: &mut u64) -> io::Res
         };
         sink.write_all(buffer.get(..count).unwrap_or_default())
             .await?;
-        *sent = sent.saturating_add(u64::try_from(count).unwrap_or(u64::MAX));
+        sent.fetch_add(u64::try_from(count).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 }
 
@@ -154,7 +79,9 @@ mod tests {
             }
             received
         });
-        assert_eq!(pump_output(&mut source, &mut sink, false).await, 3_000_000);
+        let sent = AtomicU64::new(0);
+        pump_output(&mut source, &mut sink, &sent).await;
+        assert_eq!(sent.into_inner(), 3_000_000);
         drop(sink);
         process.join().unwrap();
         assert!(reader.join().unwrap() == expected);
@@ -166,7 +93,7 @@ mod tests {
         let (mut sink, host) = socket();
         drop(host);
         let process = std::thread::spawn(move || writer.write_all(&vec![7; 1_000_000]).unwrap());
-        pump_output(&mut source, &mut sink, false).await;
+        pump_output(&mut source, &mut sink, &AtomicU64::new(0)).await;
         process.join().unwrap();
     }
 
@@ -183,7 +110,9 @@ mod tests {
         drop(user);
         let (mut sink, mut host) = socket();
         let mut source = Stream::new(controller).unwrap();
-        assert_eq!(pump_output(&mut source, &mut sink, true).await, 5);
+        let sent = AtomicU64::new(0);
+        pump_output(&mut source, &mut sink, &sent).await;
+        assert_eq!(sent.into_inner(), 5);
         drop(sink);
         let mut text = String::new();
         host.read_to_string(&mut text).unwrap();

@@ -16,6 +16,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 /// Where tickets come from.
 static NEXT_TICKET: AtomicU64 = AtomicU64::new(0);
 
+/// The most bytes in one write. The guest's kernel puts a vsock packet of up to 32 KiB, headers included, into one piece of
+/// memory, and a larger one into several; there are VMMs that drop a packet of more than two descriptors.
+const MAX_WRITE_LEN: usize = 28 * 1024;
+
 /// A non-blocking descriptor with its place in epoll. AF_VSOCK, AF_UNIX, pipes and terminals all read and write alike.
 #[derive(Debug)]
 pub struct Stream {
@@ -53,19 +57,6 @@ impl Stream {
     ) -> io::Result<T> {
         loop {
             let mut guard = self.inner.readable().await?;
-            if let Ok(result) = guard.try_io(|inner| step(inner.get_ref().as_fd())) {
-                return result;
-            }
-        }
-    }
-
-    /// Waits until there may be room to write, then does `step`; repeated while `step` says `WouldBlock`.
-    pub(crate) async fn when_writable<T>(
-        &self,
-        mut step: impl FnMut(BorrowedFd<'_>) -> io::Result<T>,
-    ) -> io::Result<T> {
-        loop {
-            let mut guard = self.inner.writable().await?;
             if let Ok(result) = guard.try_io(|inner| step(inner.get_ref().as_fd())) {
                 return result;
             }
@@ -126,6 +117,7 @@ impl AsyncWrite for Stream {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        let bytes = bytes.get(..MAX_WRITE_LEN).unwrap_or(bytes);
         loop {
             let mut guard = ready!(self.inner.poll_write_ready(context))?;
             if let Ok(result) =
