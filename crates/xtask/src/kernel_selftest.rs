@@ -5,8 +5,7 @@
 //! that checks it from inside (`kernel-config/selftest`).
 //!
 //! `microvm` is the embedded driver's machine: virtio-mmio devices on the command line, an MPTABLE, no ACPI, no PCI.
-//! `microvm-acpi` is Cloud Hypervisor's kind: hardware-reduced ACPI, and PCI configured through memory.
-//! `q35` is a whole PC, with memory to plug in and persistent memory.
+//! `q35` is Cloud Hypervisor's kind: PCI and ACPI, with memory to plug in and persistent memory.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -35,20 +34,13 @@ struct Machine {
     have: &'static str,
 }
 
-const MACHINES: [Machine; 3] = [
+const MACHINES: [Machine; 2] = [
     Machine {
         name: "microvm",
         transport: "device",
         arguments: "-m 256M -M microvm,acpi=off,x-option-roms=off,auto-kernel-cmdline=on",
         command_line: "acpi=off pci=off",
         have: "blk,net,console,rng,balloon,smp,noacpi",
-    },
-    Machine {
-        name: "microvm-acpi",
-        transport: "pci",
-        arguments: "-m 256M -M microvm,acpi=on,pcie=on,x-option-roms=off",
-        command_line: "",
-        have: "blk,net,console,rng,balloon,smp,acpi",
     },
     Machine {
         name: "q35",
