@@ -32,7 +32,6 @@ const MAP: &[(&str, &[&str])] = &[
     ("hypervisor", &["ids"]),
     ("driver_embedded", &["hypervisor", "ids", "vmm"]),
     ("driver_fake", &["agent_proto", "hypervisor", "ids"]),
-    ("driver_conformance", &["hypervisor", "ids"]),
     // a pod
     ("agent_client", &["agent_proto", "ids"]),
     (
@@ -90,7 +89,6 @@ const TEST_ONLY: &[&str] = &[
     "agent_client",
     "agent_core",
     "agent_proto",
-    "driver_conformance",
     "driver_embedded",
     "driver_fake",
     "fuzz_targets",
