@@ -56,6 +56,10 @@ impl Disks {
             return Ok(place);
         }
         let mounted = mount(disk, &place, true);
+        if let (Err(_), Some(device)) = (&mounted, &disk.bind_device) {
+            // The mount's error is the one to tell.
+            let _ = unbind(device);
+        }
         let mut slots = self.lock();
         match &mounted {
             Ok(()) => {

@@ -70,13 +70,12 @@ impl Linux {
             RootfsPlan::Disk(disk) => {
                 let read_only =
                     disk.fs_type == "erofs" || disk.options.iter().any(|option| option == "ro");
-                disk::mount(disk, &place, read_only)?;
                 self.taken()
                     .entry(id.clone())
                     .or_default()
                     .own_device
                     .clone_from(&disk.bind_device);
-                return Ok(());
+                return disk::mount(disk, &place, read_only);
             }
             RootfsPlan::Layered(layers) => layers,
         };
@@ -235,7 +234,7 @@ impl System for Linux {
         match pidfd_send_signal(process, signal) {
             Err(rustix::io::Errno::SRCH) => Err(Error::NotFound {
                 what: "process",
-                id: "it has ended:".to_owned(),
+                id: "that has ended".to_owned(),
             }),
             other => other.step(|| "sending a signal".to_owned()),
         }
