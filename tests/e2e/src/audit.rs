@@ -9,11 +9,11 @@ use std::path::Path;
 
 use crate::processes;
 
-/// Where Coffer and containerd keep what belongs to a pod.
-const STATE_DIRECTORIES: [&str; 7] = [
+/// Where Coffer and containerd keep what belongs to a pod. `/run/containerd/fifo` is `ctr`'s own: it forgets the pipes of a
+/// task that was lost.
+const STATE_DIRECTORIES: [&str; 6] = [
     "/run/coffer",
     "/run/containerd/s",
-    "/run/containerd/fifo",
     "/run/containerd/io.containerd.runtime.v2.task",
     "/run/containerd/io.containerd.grpc.v1.cri",
     "/var/lib/containerd/io.containerd.runtime.v2.task",
@@ -110,7 +110,7 @@ fn is_kept(line: &str) -> bool {
     // Folders that the first pod makes and all later ones use.
     let folders = STATE_DIRECTORIES.map(|directory| format!("file {directory}"));
     let namespaces = ["/default", "/k8s.io"].map(|namespace| {
-        ["/run/coffer", STATE_DIRECTORIES[3], STATE_DIRECTORIES[5]]
+        ["/run/coffer", STATE_DIRECTORIES[2], STATE_DIRECTORIES[4]]
             .map(|directory| format!("file {directory}{namespace}"))
     });
     kept_files.iter().any(|kept| line.starts_with(kept))
