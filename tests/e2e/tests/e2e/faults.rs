@@ -100,7 +100,6 @@ fn killed_process_of_the_container_is_its_own_exit() {
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn shim_survives_containerds_restart() {
     let node = Node::new("shim_survives_containerds_restart");
     let container = Container::start("containerd-killed", &["sleep", "infinity"]);
