@@ -144,8 +144,9 @@ impl Owner {
         if process.exec.is_none() {
             let container = process.container.clone();
             let role = self.role(&container);
+            let io = self.io(&process).map(|(_, io)| Arc::clone(io));
             self.work.spawn(async move {
-                let result = work::start_init(Arc::clone(&shared), container, role).await;
+                let result = work::start_init(Arc::clone(&shared), container, role, io).await;
                 shared.send(Input::Started(process, generation, result));
             });
             return;

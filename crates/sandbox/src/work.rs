@@ -273,6 +273,7 @@ pub(crate) async fn start_init(
     shared: Arc<Shared>,
     container: ContainerId,
     role: Role,
+    io: Option<Arc<ProcessIo>>,
 ) -> Result<Option<Pid>, SandboxError> {
     let of = Of::Container(&shared.id, &container);
     phase(of, "start", async {
@@ -285,6 +286,9 @@ pub(crate) async fn start_init(
             started.map_err(|error| {
                 convert::agent_start(format!("start container {container}"), error)
             })?;
+            if let Some(streams) = io.as_ref().and_then(|io| io.streams()) {
+                streams.begin_stdin();
+            }
         }
         Ok(None)
     })
@@ -314,6 +318,7 @@ impl ExecStart {
         let (io, paths) = (Arc::clone(&self.io), self.stdio.clone());
         let host = vm::blocking(move || io.open(&paths)).await?;
         let host = host.map_err(|error| convert::stdio("open the exec's stdio", error))?;
+        host.streams().begin_stdin();
         let request = api::StartExecRequest {
             process: Some(process_ref(&self.process, self.generation)).into(),
             process_json: self.process_json.to_vec(),

@@ -65,8 +65,11 @@ pub(crate) enum ShimError {
     #[error("start the shim process")]
     Spawn(#[source] io::Error),
     /// Somebody called `serve` by hand.
-    #[error("standard input is no listening socket: serve is called by start, never by hand")]
+    #[error("standard input is no socket of start: serve is called by start, never by hand")]
     NotStarted,
+    /// `start` was killed before the sandbox had a socket.
+    #[error("start has died: nothing is served")]
+    StartDied,
     /// A reply could not be written.
     #[error("write the reply")]
     Output(#[source] io::Error),

@@ -17,6 +17,7 @@ mod bootstrap;
 mod delete;
 mod error;
 mod events;
+mod handover;
 mod host_cgroup;
 mod info;
 mod log;

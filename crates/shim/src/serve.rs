@@ -9,7 +9,6 @@
 
 use std::error::Error;
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,7 +19,6 @@ use hypervisor::{Capabilities, Driver, DriverError, RunningVm, VmSpec};
 use ids::SandboxId;
 use pod_spec::{LogLevel, RuntimeConfig};
 use rustix::fs::Mode;
-use rustix::net::sockopt::socket_acceptconn;
 use sandbox::{Host, SandboxHandle, SandboxOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::timeout;
@@ -30,11 +28,13 @@ use ttrpc::asynchronous::transport::Listener;
 
 use crate::args::ShimArgs;
 use crate::error::{ShimError, report};
+use crate::handover;
 use crate::host_cgroup;
 use crate::log;
 use crate::process::ProcessIdentity;
 use crate::publisher::{Patience, Publisher};
 use crate::run::{Roots, bundle};
+use crate::socket::remove_socket;
 use crate::start::{TTRPC_ADDRESS, read_config};
 use crate::state_dir::StateDir;
 use crate::task_service::TaskService;
@@ -88,9 +88,13 @@ pub struct PodParts {
 
 /// Serves until the sandbox has ended.
 pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(), ShimError> {
-    let listener = take_listener()?;
+    let listener = handover::take()?;
     let bundle = bundle(args)?;
     let state = StateDir::of(&roots.state, &args.namespace, &SandboxId::from(&args.id));
+    let Some(listener) = listener else {
+        clean_up(&state)?;
+        return Err(ShimError::StartDied);
+    };
     let config = read_config(args.config.as_deref());
     let level = match &config {
         _ if args.debug => Level::DEBUG,
@@ -134,23 +138,6 @@ fn level(level: LogLevel) -> Level {
         LogLevel::Info => Level::INFO,
         LogLevel::Debug => Level::DEBUG,
     }
-}
-
-/// The socket that `start` has handed over as standard input, which becomes `/dev/null`.
-fn take_listener() -> Result<UnixListener, ShimError> {
-    let stdin = io::stdin();
-    if !socket_acceptconn(&stdin).unwrap_or(false) {
-        return Err(ShimError::NotStarted);
-    }
-    let listener = UnixListener::from(
-        stdin
-            .as_fd()
-            .try_clone_to_owned()
-            .map_err(ShimError::Input)?,
-    );
-    let null = std::fs::File::open("/dev/null").map_err(ShimError::file("open", "/dev/null"))?;
-    rustix::stdio::dup2_stdin(&null).map_err(|error| ShimError::Input(error.into()))?;
-    Ok(listener)
 }
 
 /// Lets go of containerd: a session of its own, private files, and a record by which `delete` finds this process. Without
@@ -217,33 +204,28 @@ impl Shim<'_> {
         if timeout(FLUSH_LIMIT, publisher.flushed()).await.is_err() {
             tracing::warn!("the last events did not reach containerd");
         }
-        self.clean_up();
+        if let Err(error) = clean_up(&self.state) {
+            // containerd calls `delete` next.
+            tracing::warn!(error = report(&error), "something is left to delete");
+        }
         tracing::info!("the sandbox has ended");
         Ok(())
     }
+}
 
-    /// What fails here is left to `delete`, which containerd calls next.
-    fn clean_up(&self) {
-        let cleaned = self
-            .state
-            .take()
-            .map_err(ShimError::file("take away", self.state.path()))
-            .and_then(|left| {
-                let Some(left) = left else { return Ok(()) };
-                if let Some(socket) = &left.socket {
-                    crate::socket::remove_socket(socket)
-                        .map_err(ShimError::file("remove", socket))?;
-                }
-                host_cgroup::leave(&left.cgroups)?;
-                host_cgroup::remove(&left.cgroups)?;
-                left.dir
-                    .remove()
-                    .map_err(ShimError::file("remove", left.dir.path()))
-            });
-        if let Err(error) = cleaned {
-            tracing::warn!(error = report(&error), "something is left to delete");
-        }
+/// Removes what the sandbox has on the host beside its processes.
+fn clean_up(state: &StateDir) -> Result<(), ShimError> {
+    let taken = state.take();
+    let Some(left) = taken.map_err(ShimError::file("take away", state.path()))? else {
+        return Ok(());
+    };
+    if let Some(socket) = &left.socket {
+        remove_socket(socket).map_err(ShimError::file("remove", socket))?;
     }
+    host_cgroup::leave(&left.cgroups)?;
+    host_cgroup::remove(&left.cgroups)?;
+    let removed = left.dir.remove();
+    removed.map_err(ShimError::file("remove", left.dir.path()))
 }
 
 /// Ends a sandbox for which no container has come: a containerd that dies between starting a shim and its first call
@@ -259,10 +241,12 @@ fn server_error(error: io::Error) -> ShimError {
     ShimError::Server(error.into())
 }
 
-/// The signals that end a shim. From when this is made they no longer kill it.
+/// The signals that a shim answers to: SIGTERM and SIGINT end it, SIGUSR1 has it log what it knows. From when this is
+/// made they no longer kill it.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    dump: Signal,
 }
 
 impl Signals {
@@ -270,18 +254,30 @@ impl Signals {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            dump: signal(SignalKind::user_defined1())?,
         })
     }
 
     /// Answers when the sandbox has ended, and ends it if a signal asks for that.
     async fn or_end_of(mut self, sandbox: &SandboxHandle) {
-        tokio::select! {
-            () = sandbox.ended() => return,
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+        loop {
+            tokio::select! {
+                () = sandbox.ended() => return,
+                _ = self.terminate.recv() => break,
+                _ = self.interrupt.recv() => break,
+                _ = self.dump.recv() => drop(tokio::spawn(log_dump(sandbox.clone()))),
+            }
         }
         tracing::info!("a signal ends the sandbox");
         sandbox.terminate().await;
+    }
+}
+
+/// Processes, streams and pending calls of the sandbox, and queues and connections of its VMM, in one line of the log.
+async fn log_dump(sandbox: SandboxHandle) {
+    match sandbox.dump().await {
+        Ok(dump) => tracing::info!(%dump, "as asked by SIGUSR1"),
+        Err(error) => tracing::warn!(error = error.report(), "there is nothing to dump"),
     }
 }
 

@@ -6,7 +6,7 @@
 //! ```text
 //! standard input ─> form of the reply
 //! config.json ───> sandbox ─> socket ─ somebody listens ─> reply
-//!                                └ nobody: state directory, socket, cgroup, `serve` ─> reply
+//!                                └ nobody: `serve`, state directory, socket, cgroup, hand-over ─> reply
 //! ```
 //!
 //! No runtime, no threads: containerd waits for this. Whatever can be known to go wrong is found here, because its text is
@@ -15,17 +15,18 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use ids::SandboxId;
 use pod_spec::{Bundle, MAX_SPEC_BYTES, RuntimeConfig};
+use rustix::process::Pid;
 
 use crate::args::ShimArgs;
 use crate::bootstrap::Request;
 use crate::error::ShimError;
+use crate::handover;
 use crate::host_cgroup::{self, PodCgroup};
 use crate::info::PROGRAM;
 use crate::run::{Roots, bundle};
@@ -121,34 +122,50 @@ impl Leader<'_> {
         if served(&self.state)?.is_some_and(|other| other != socket) {
             return Err(ShimError::OtherContainerd(sandbox));
         }
-        let listening = take_place(&socket).map_err(ShimError::file("listen on", &socket))?;
-        let Place::Free(listener) = listening else {
+        let mut shim = self.spawn()?;
+        let made = self.make(&mut shim, &socket, bundle);
+        if let Ok(Made::Shim) = made {
             return Ok(socket);
+        }
+        // Before anything is removed, so that it does not remove what another `start` makes next.
+        shim.end();
+        if let Err(error) = made {
+            undo(&socket, &self.state);
+            return Err(error);
+        }
+        Ok(socket)
+    }
+
+    /// Makes what the shim needs and hands it over, unless another shim listens already.
+    fn make(
+        &self,
+        shim: &mut NewShim,
+        socket: &Path,
+        bundle: Option<&Bundle>,
+    ) -> Result<Made, ShimError> {
+        // What is recorded is removed, so it is recorded first.
+        self.state
+            .create()
+            .and_then(|()| self.state.record_socket(socket))
+            .map_err(ShimError::file("make", self.state.path()))?;
+        let place = take_place(socket).map_err(ShimError::file("listen on", socket))?;
+        let Place::Free(listener) = place else {
+            return Ok(Made::Nothing);
         };
         let cgroups_path = bundle
             .and_then(Bundle::cgroups_path)
             .filter(|path| !path.as_os_str().is_empty());
-        let mut cgroups = Vec::new();
-        let started = self
-            .state
-            .create()
-            .and_then(|()| self.state.record_socket(&socket))
-            .map_err(ShimError::file("make", self.state.path()))
-            .and_then(|()| {
-                if let Some(path) = cgroups_path {
-                    cgroups = host_cgroup::plan(&path.to_string_lossy())?;
-                }
-                join(&cgroups, &self.state)
-            })
-            .and_then(|()| self.spawn(listener));
-        if started.is_err() {
-            undo(&socket, &cgroups, &self.state);
+        if let Some(path) = cgroups_path {
+            let cgroups = host_cgroup::plan(&path.to_string_lossy())?;
+            join(&cgroups, shim.pid(), &self.state)?;
         }
-        started.map(|()| socket)
+        handover::give(&shim.end, &listener).map_err(ShimError::Spawn)?;
+        Ok(Made::Shim)
     }
 
-    /// Runs this program as the shim: the listening socket is its standard input, and nothing of ours stays open in it.
-    fn spawn(&self, listener: UnixListener) -> Result<(), ShimError> {
+    /// Runs this program as the shim, which waits for its socket. Nothing of ours stays open in it.
+    fn spawn(&self) -> Result<NewShim, ShimError> {
+        let (end, shims_end) = handover::pair().map_err(ShimError::Spawn)?;
         // By its path, which gives the process its name.
         let program = std::env::current_exe().map_err(ShimError::Spawn)?;
         let mut command = Command::new(program);
@@ -178,36 +195,59 @@ impl Leader<'_> {
         }
         command.arg("serve");
         command
-            .stdin(OwnedFd::from(listener))
+            .stdin(shims_end)
             .stdout(Stdio::null())
             .stderr(Stdio::null());
-        command.spawn().map(drop).map_err(ShimError::Spawn)
+        let process = command.spawn().map_err(ShimError::Spawn)?;
+        Ok(NewShim { process, end })
     }
 }
 
-/// Puts this process, and so the shim that it makes, into the pod's cgroup. What is recorded is removed, so it is recorded
-/// first.
-fn join(cgroups: &[PodCgroup], state: &StateDir) -> Result<(), ShimError> {
-    if cgroups.is_empty() {
-        return Ok(());
+/// What a `start` has come to.
+enum Made {
+    /// The new shim listens.
+    Shim,
+    /// Another one does.
+    Nothing,
+}
+
+/// A shim that waits for its socket.
+struct NewShim {
+    process: Child,
+    end: OwnedFd,
+}
+
+impl NewShim {
+    fn pid(&self) -> Pid {
+        Pid::from_child(&self.process)
     }
+
+    /// Ends it before it has done anything.
+    fn end(&mut self) {
+        // It may have ended by itself.
+        let _gone = self.process.kill().and_then(|()| self.process.wait());
+    }
+}
+
+/// Puts the shim into the pod's cgroup.
+fn join(cgroups: &[PodCgroup], shim: Pid, state: &StateDir) -> Result<(), ShimError> {
     let paths: Vec<PathBuf> = cgroups.iter().map(PodCgroup::path).collect();
     state
         .record_cgroups(&paths)
         .map_err(ShimError::file("write to", state.path()))?;
     for cgroup in cgroups {
-        cgroup.join(rustix::process::getpid())?;
+        cgroup.join(shim)?;
     }
     Ok(())
 }
 
 /// Best effort: `delete` does the same again.
-fn undo(socket: &Path, cgroups: &[PodCgroup], state: &StateDir) {
+fn undo(socket: &Path, state: &StateDir) {
     let _left_for_delete = remove_socket(socket);
-    let paths: Vec<PathBuf> = cgroups.iter().map(PodCgroup::path).collect();
-    let removed = host_cgroup::leave(&paths).and_then(|()| host_cgroup::remove(&paths));
-    if removed.is_ok() {
-        let _left_for_delete = state.remove();
+    if let Ok(Some(left)) = state.take()
+        && host_cgroup::remove(&left.cgroups).is_ok()
+    {
+        let _left_for_delete = left.dir.remove();
     }
 }
 

@@ -8,7 +8,7 @@
 //! | `socket` | `start`, before it binds | the path of the shim's socket |
 //! | `shim.json` | `serve`, first of all | the shim's process |
 //! | `vmm.json` | `serve`, once there is one | the VMM's process |
-//! | `cgroups.json` | `serve`, before it makes them | the cgroups that Coffer has made |
+//! | `cgroups.json` | `start`, before it makes them | the cgroups that Coffer has made |
 //!
 //! Each file appears whole or not at all. `delete` moves the directory away before it reads it: a shim that has not
 //! recorded itself by then finds no directory and ends, so none escapes.

@@ -106,7 +106,8 @@ fn limit_resources() -> Result<(), VmmError> {
 }
 
 fn separate_namespaces() -> Result<(), VmmError> {
-    let flags = UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
+    let flags =
+        UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
     // SAFETY: none of these flags unshares descriptors or memory; the process has one thread.
     unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(failed("make namespaces"))
 }

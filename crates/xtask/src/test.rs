@@ -23,6 +23,8 @@ use crate::{build, check, images, kernel, kernel_selftest, process, workspace};
 const CRATE_TESTS_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// The longest time for what runs in the node; on 2 cores under emulation.
 const NODE_TESTS_LIMIT: Duration = Duration::from_secs(30 * 60);
+/// The most nodes beside each other; each has 4 GiB of memory.
+const MAX_NODES: usize = 4;
 
 /// What `cargo xtask test` takes.
 #[derive(clap::Args)]
@@ -126,84 +128,140 @@ fn failures(output: &str) -> String {
     wanted.collect::<Vec<_>>().join("\n")
 }
 
-/// The tests that need KVM and the end-to-end suite, where VMs run.
+/// The tests that need KVM and the end-to-end suite, where VMs run: in as many nested nodes beside each other as this
+/// machine has processors.
 fn test_in_node(place: &Place, programs: &[TestProgram], filter: &str) -> Result<Tally> {
     let artifacts = workspace::target().join("coffer/artifacts");
     if artifacts.exists() {
         fs::remove_dir_all(&artifacts)
             .with_context(|| format!("cannot empty {}", artifacts.display()))?;
     }
-    let job = Job {
-        work: Work::Script(&node_script(&workspace::root(), programs, filter)?),
-        folder: &artifacts,
-        dist: &workspace::dist(),
-        source: &workspace::root(),
-        images: &[
-            ("default", images::SMALL),
-            ("k8s.io", images::SMALL),
-            ("default", images::SOFTWARE),
-        ],
-        machine: Machine {
-            memory_mib: 4096,
-            limit: Some(NODE_TESTS_LIMIT),
-            ..Machine::default()
-        },
+    let count = match place {
+        Place::Host => 1,
+        Place::Nested(_) => thread::available_parallelism().map_or(1, |n| n.get().min(MAX_NODES)),
     };
-    let mut out = Tee {
-        to: io::stdout(),
-        copy: Vec::new(),
+    let scripts = node_scripts(&workspace::root(), programs, filter, count)?;
+    let one = |(number, script): (usize, &String)| {
+        let folder = artifacts.join(format!("node-{number}"));
+        let mut out = Lines::default();
+        let job = Job {
+            work: Work::Script(script),
+            folder: &folder,
+            dist: &workspace::dist(),
+            source: &workspace::root(),
+            images: &[
+                ("default", images::SMALL),
+                ("k8s.io", images::SMALL),
+                ("default", images::SOFTWARE),
+            ],
+            machine: Machine {
+                memory_mib: 4096,
+                limit: Some(NODE_TESTS_LIMIT),
+                ..Machine::default()
+            },
+        };
+        let code = place.run(&job, &mut out, &mut io::stderr())?;
+        anyhow::Ok((code, Tally::of_libtest(&String::from_utf8_lossy(&out.all))))
     };
-    let code = section("tests that need VMs", || {
-        place.run(&job, &mut out, &mut io::stderr())
+    let ended = section("tests that need VMs", || {
+        thread::scope(|scope| {
+            let nodes: Vec<_> = scripts
+                .iter()
+                .enumerate()
+                .map(|numbered| scope.spawn(move || one(numbered)))
+                .collect();
+            let join = |node: thread::ScopedJoinHandle<'_, _>| {
+                node.join()
+                    .unwrap_or_else(|_| Err(anyhow::anyhow!("a node's thread panicked")))
+            };
+            Ok(nodes.into_iter().map(join).collect::<Vec<_>>())
+        })
     })?;
-    let tally = Tally::of_libtest(&String::from_utf8_lossy(&out.copy));
-    if code != 0 {
-        eprintln!(
-            "==> logs of the node and of its failed tests: {}",
-            artifacts.display()
-        );
+    let mut sum = Tally::default();
+    for node in ended {
+        let (code, tally) = node.unwrap_or_else(|error| {
+            // The others' results count all the same.
+            eprintln!("{error:#}");
+            (1, Tally::one(Outcome::Failed))
+        });
+        sum += tally;
+        if code != 0 {
+            eprintln!(
+                "==> logs of the nodes and of their failed tests: {}",
+                artifacts.display()
+            );
+        }
     }
-    Ok(tally)
+    Ok(sum)
 }
 
-/// Runs every program, the suite at the end; a program that says nothing of its end counts as one failed test.
-fn node_script(root: &Path, programs: &[TestProgram], filter: &str) -> Result<String> {
-    let root = root.display();
-    let mut script = format!(
+/// The tests of every program, dealt out to `count` nodes, the suite's last; a program that says nothing of its end counts
+/// as one failed test.
+fn node_scripts(
+    root: &Path,
+    programs: &[TestProgram],
+    filter: &str,
+    count: usize,
+) -> Result<Vec<String>> {
+    let shown = root.display();
+    let head = format!(
         "export COFFER_E2E=1 COFFER_E2E_ARTIFACTS=/job/artifacts COFFER_VMM=/opt/coffer/bin/coffer-vmm\nmkdir -p /job/artifacts\n\
          # The tests know the checkout by the name it has where they were built.\n\
-         [ -e '{root}' ] || {{ mkdir -p '{root}' && rmdir '{root}' && ln -s /src '{root}'; }}\n\
+         [ -e '{shown}' ] || {{ mkdir -p '{shown}' && rmdir '{shown}' && ln -s /src '{shown}'; }}\n\
          code=0\n\
          run() {{\n    \"$@\" && return\n    status=$?; code=1\n    [ $status -eq 101 ] || \
          echo \"$1 ended with $status: test result: FAILED. 0 passed; 1 failed; 0 ignored\"\n}}\n"
     );
+    let mut scripts = vec![head; count];
     let of_kind = |kind| programs.iter().filter(move |program| program.kind == kind);
     for program in of_kind(TestKind::Kvm).chain(of_kind(TestKind::EndToEnd)) {
         let path = program.path.display();
         if !program.path.starts_with(workspace::root()) {
             bail!("the node does not see {path}: set CARGO_TARGET_DIR to a folder in the checkout");
         }
-        script.push_str(&format!("run '{path}' --test-threads=1 {filter}\n"));
+        let listed =
+            process::output(Command::new(&program.path).args(["--list", "--format", "terse"]))?;
+        let names: Vec<&str> = listed
+            .lines()
+            .filter_map(|line| line.strip_suffix(": test"))
+            .filter(|name| name.contains(filter))
+            .collect();
+        for (number, script) in scripts.iter_mut().enumerate() {
+            let dealt: Vec<&str> = names.iter().copied().skip(number).step_by(count).collect();
+            if !dealt.is_empty() {
+                let dealt = dealt.join(" ");
+                script.push_str(&format!("run '{path}' --test-threads=1 --exact {dealt}\n"));
+            }
+        }
     }
-    script.push_str("exit $code\n");
-    Ok(script)
+    for script in &mut scripts {
+        script.push_str("exit $code\n");
+    }
+    Ok(scripts)
 }
 
-/// Passes bytes on and keeps a copy.
-struct Tee<W> {
-    to: W,
-    copy: Vec<u8>,
+/// Passes on whole lines, so that those of several nodes do not mix, and keeps a copy.
+#[derive(Default)]
+struct Lines {
+    all: Vec<u8>,
+    /// How much of it was passed on.
+    shown: usize,
 }
 
-impl<W: Write> Write for Tee<W> {
+impl Write for Lines {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.copy.extend_from_slice(bytes);
-        self.to.write_all(bytes)?;
+        self.all.extend_from_slice(bytes);
+        let unseen = self.all.get(self.shown..).unwrap_or_default();
+        if let Some(end) = unseen.iter().rposition(|byte| *byte == b'\n') {
+            let (lines, _) = unseen.split_at(end.saturating_add(1));
+            io::stdout().write_all(lines)?;
+            self.shown = self.shown.saturating_add(lines.len());
+        }
         Ok(bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.to.flush()
+        io::stdout().flush()
     }
 }
 

@@ -58,7 +58,6 @@ pub enum StdioError {
 /// containerd's ends of a process's streams, before they are connected. Dropping it closes them.
 pub struct HostStdio {
     terminal: bool,
-    stdin: Option<OwnedFd>,
     outputs: Vec<(StreamKind, Sink, FlowGuard)>,
     streams: Arc<Streams>,
 }
@@ -68,21 +67,19 @@ impl HostStdio {
     ///
     /// * Output FIFOs are opened for reading too, which makes the open return at once and keeps the FIFO alive while
     ///   containerd restarts: no EPIPE for us, no end of file for the next reader.
-    /// * Stdin's FIFO gets a writer of ours, so that it does not end with the first client that detaches.
+    /// * Stdin's FIFO is looked at now and opened by [`Streams::begin_stdin`].
     ///
     /// # Errors
     /// Any [`StdioError`] but [`StdioError::Connect`].
     pub fn open(paths: &StdioPaths) -> Result<Self, StdioError> {
-        let (stdin, hold) = match paths.stdin.as_str() {
-            "" => (None, None),
+        let stdin = match paths.stdin.as_str() {
+            "" => None,
             uri => {
                 let path = host_path(uri)?;
-                let read = open_at(&path, OFlags::RDONLY)?;
-                if !is_fifo(&read, &path)? {
+                if !is_fifo(&open_at(&path, OFlags::PATH)?, &path)? {
                     return Err(StdioError::NotFifo { path });
                 }
-                let hold = open_at(&path, OFlags::WRONLY)?;
-                (Some(read), Some(hold))
+                Some(path)
             }
         };
         let mut named = vec![(StreamKind::Stdout, paths.stdout.as_str())];
@@ -91,14 +88,13 @@ impl HostStdio {
         }
         named.retain(|(_, uri)| !uri.is_empty());
         let kinds = named.iter().map(|(kind, _)| *kind);
-        let streams = Arc::new(Streams::new(stdin.is_some(), hold, kinds));
+        let streams = Arc::new(Streams::new(stdin, kinds));
         let outputs = named
             .into_iter()
             .map(|(kind, uri)| Ok((kind, open_sink(uri)?, FlowGuard::new(&streams, kind))))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             terminal: paths.terminal,
-            stdin,
             outputs,
             streams,
         })
@@ -114,7 +110,7 @@ impl HostStdio {
         let has = |kind| self.outputs.iter().any(|(have, ..)| *have == kind);
         api::Stdio {
             terminal: self.terminal,
-            stdin: self.stdin.is_some(),
+            stdin: self.streams.stdin().is_some(),
             stdout: has(StreamKind::Stdout),
             stderr: has(StreamKind::Stderr),
             columns: size.columns,
@@ -139,10 +135,9 @@ impl HostStdio {
             let task = tokio::spawn(pump::output(socket, sink, flow));
             streams.own(task.abort_handle());
         }
-        if let Some(fifo) = self.stdin {
+        if let Some(stdin) = streams.stdin() {
             let socket = connect_one(process, StreamKind::Stdin, connector).await?;
-            let passed = streams.stdin_counter();
-            let pump = pump::input(fifo, socket, passed, process.clone(), Arc::clone(client));
+            let pump = pump::input(stdin, socket, process.clone(), Arc::clone(client));
             let task = tokio::spawn(pump);
             streams.own(task.abort_handle());
         }
@@ -207,7 +202,7 @@ fn open_file(path: &Path) -> Result<std::fs::File, StdioError> {
     })
 }
 
-fn open_at(path: &Path, access: OFlags) -> Result<OwnedFd, StdioError> {
+pub(super) fn open_at(path: &Path, access: OFlags) -> Result<OwnedFd, StdioError> {
     let flags = access | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
     open(path, flags, Mode::empty()).map_err(|error| StdioError::Open {
         path: path.to_owned(),

@@ -6,7 +6,6 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use agent_proto::{ProcessKey, api};
 use tokio::io::unix::AsyncFd;
@@ -14,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 
 use super::fifo::{splice, watch};
-use super::streams::FlowGuard;
+use super::streams::{FlowGuard, Stdin};
 use crate::client::AgentClient;
 
 /// The buffer of a stream that cannot be spliced, in bytes.
@@ -76,20 +75,29 @@ async fn to_file(
     file.flush().await
 }
 
-/// Passes on stdin until its FIFO has no writer any more, then tells the guest how much there was. The connection stays
+/// Passes on stdin, from the process's start until its FIFO has no writer any more, then tells the guest how much there was. The connection stays
 /// open until the task is aborted: what is still under way in it must not be cut off.
 pub(super) async fn input(
-    fifo: OwnedFd,
+    stdin: Arc<Stdin>,
     socket: UnixStream,
-    passed: Arc<AtomicU64>,
     process: ProcessKey,
     client: Arc<AgentClient>,
 ) {
-    match from_fifo(fifo, socket, &passed).await {
+    let fifo = match stdin.opened().await {
+        Ok(fifo) => fifo,
+        Err(error) => {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the process has no stdin"
+            );
+            return;
+        }
+    };
+    match from_fifo(fifo, socket, &stdin).await {
         Ok(_socket) => {
             let request = api::CloseStdinRequest {
                 process: Some(process_ref(&process)).into(),
-                bytes: passed.load(Ordering::Relaxed),
+                bytes: stdin.passed(),
                 ..Default::default()
             };
             if let Err(error) = client.close_stdin(&request).await {
@@ -106,7 +114,7 @@ pub(super) async fn input(
 async fn from_fifo(
     fifo: OwnedFd,
     socket: UnixStream,
-    passed: &AtomicU64,
+    stdin: &Stdin,
 ) -> io::Result<AsyncFd<OwnedFd>> {
     let fifo = watch(fifo, Interest::READABLE)?;
     let socket = watch(socket.into_std()?.into(), Interest::WRITABLE)?;
@@ -115,8 +123,7 @@ async fn from_fifo(
         if moved == 0 {
             return Ok(socket);
         }
-        let moved = u64::try_from(moved).unwrap_or(u64::MAX);
-        passed.fetch_add(moved, Ordering::Relaxed);
+        stdin.count(moved);
     }
 }
 

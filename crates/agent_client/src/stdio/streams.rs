@@ -4,22 +4,39 @@
 //! What is known of a process's streams, shared between their pumps and the sandbox.
 
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use agent_proto::StreamKind;
+use rustix::fs::OFlags;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
+use super::open::{StdioError, open_at};
+
 /// Sees and steers a process's streams, before, while and after they are pumped. Dropping it stops the pumps.
 pub struct Streams {
-    stdin: bool,
-    /// Our writer of stdin's FIFO, until CloseIO.
-    hold: Mutex<Option<OwnedFd>>,
-    stdin_passed: Arc<AtomicU64>,
+    stdin: Option<Arc<Stdin>>,
     outputs: Vec<Arc<Flow>>,
     pumps: Mutex<Vec<AbortHandle>>,
+}
+
+/// The input stream.
+pub(super) struct Stdin {
+    path: PathBuf,
+    begun: watch::Sender<bool>,
+    hold: Mutex<Hold>,
+    passed: AtomicU64,
+}
+
+/// Our hold on stdin.
+#[derive(Default)]
+struct Hold {
+    writer: Option<OwnedFd>,
+    /// CloseIO has come: no writer any more, or none at all.
+    released: bool,
 }
 
 /// One output stream.
@@ -33,11 +50,7 @@ struct Flow {
 }
 
 impl Streams {
-    pub(super) fn new(
-        stdin: bool,
-        hold: Option<OwnedFd>,
-        outputs: impl Iterator<Item = StreamKind>,
-    ) -> Self {
+    pub(super) fn new(stdin: Option<PathBuf>, outputs: impl Iterator<Item = StreamKind>) -> Self {
         let flow = |kind| {
             Arc::new(Flow {
                 kind,
@@ -46,23 +59,37 @@ impl Streams {
                 done: watch::Sender::new(false),
             })
         };
+        let stdin = stdin.map(|path| {
+            Arc::new(Stdin {
+                path,
+                begun: watch::Sender::new(false),
+                hold: Mutex::default(),
+                passed: AtomicU64::new(0),
+            })
+        });
         Self {
             stdin,
-            hold: Mutex::new(hold),
-            stdin_passed: Arc::default(),
             outputs: outputs.map(flow).collect(),
             pumps: Mutex::default(),
         }
     }
 
+    /// Opens stdin's FIFO: the process has been started. Not before, because that is what a writer waits for, and ctr
+    /// loses a CloseIO that its user's end of file asks for while the container is still being created.
+    pub fn begin_stdin(&self) {
+        if let Some(stdin) = &self.stdin {
+            stdin.begun.send_replace(true);
+        }
+    }
+
     /// Lets go of our hold on stdin. It ends once every other writer of its FIFO has closed too.
     pub fn close_stdin(&self) {
-        let hold = self
-            .hold
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        drop(hold);
+        if let Some(stdin) = &self.stdin {
+            *stdin.hold() = Hold {
+                writer: None,
+                released: true,
+            };
+        }
     }
 
     /// The guest has sent all of an output stream: `bytes`.
@@ -99,9 +126,9 @@ impl Streams {
     /// Bytes passed on, bytes announced, and what is still open, as JSON for people.
     pub fn dump(&self) -> Value {
         let mut streams = serde_json::Map::new();
-        if self.stdin {
-            let hold = self.hold.lock().unwrap_or_else(PoisonError::into_inner);
-            let stdin = json!({ "bytes": self.stdin_passed.load(Ordering::Relaxed), "held": hold.is_some() });
+        if let Some(stdin) = &self.stdin {
+            let held = stdin.hold().writer.is_some();
+            let stdin = json!({ "bytes": stdin.passed(), "held": held });
             streams.insert("stdin".to_owned(), stdin);
         }
         for flow in &self.outputs {
@@ -120,8 +147,8 @@ impl Streams {
         Value::Object(streams)
     }
 
-    pub(super) fn stdin_counter(&self) -> Arc<AtomicU64> {
-        Arc::clone(&self.stdin_passed)
+    pub(super) fn stdin(&self) -> Option<Arc<Stdin>> {
+        self.stdin.clone()
     }
 
     pub(super) fn own(&self, pump: AbortHandle) {
@@ -133,6 +160,35 @@ impl Streams {
 
     fn flow(&self, kind: StreamKind) -> Option<&Arc<Flow>> {
         self.outputs.iter().find(|flow| flow.kind == kind)
+    }
+}
+
+impl Stdin {
+    /// The reading end of the FIFO, once the process has been started. Our writer is opened with it, so that stdin does
+    /// not end with the first client that detaches.
+    pub(super) async fn opened(&self) -> Result<OwnedFd, StdioError> {
+        let mut begun = self.begun.subscribe();
+        // An error would mean that the sender is gone, and it is in `self`.
+        let _always = begun.wait_for(|begun| *begun).await;
+        let read = open_at(&self.path, OFlags::RDONLY)?;
+        let mut hold = self.hold();
+        if !hold.released {
+            hold.writer = Some(open_at(&self.path, OFlags::WRONLY)?);
+        }
+        Ok(read)
+    }
+
+    pub(super) fn count(&self, moved: usize) {
+        let moved = u64::try_from(moved).unwrap_or(u64::MAX);
+        self.passed.fetch_add(moved, Ordering::Relaxed);
+    }
+
+    pub(super) fn passed(&self) -> u64 {
+        self.passed.load(Ordering::Relaxed)
+    }
+
+    fn hold(&self) -> MutexGuard<'_, Hold> {
+        self.hold.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -76,6 +76,7 @@ async fn run(fixture: &Fixture, args: &str, paths: &StdioPaths) -> Arc<Streams> 
         .await
         .unwrap();
     fixture.client.start_container(&container()).await.unwrap();
+    streams.begin_stdin();
     let mut events = EventReader::new(Arc::clone(&fixture.client));
     let passed_on = Arc::clone(&streams);
     tokio::spawn(async move {

@@ -90,7 +90,7 @@ fn serve_by_hand_is_refused() {
     let said = words(&["-namespace", "n", "-id", "a", "serve"]);
     assert_eq!(
         complaint(&said),
-        "containerd-shim-coffer-v2: standard input is no listening socket: serve is called by start, never by hand\n"
+        "containerd-shim-coffer-v2: standard input is no socket of start: serve is called by start, never by hand\n"
     );
 }
 

@@ -112,7 +112,6 @@ fn missing_kvm_says_what_to_run() {
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn kvm_that_is_none_is_told_apart() {
     let _node = Node::new("kvm_that_is_none_is_told_apart");
     fs::rename("/dev/kvm", "/dev/kvm-away").unwrap();
@@ -189,7 +188,6 @@ fn memory_limit_the_vm_cannot_have_is_refused() {
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn full_disk_while_an_image_is_built_is_told_and_leaves_nothing() {
     let node = Node::new("full_disk_while_an_image_is_built_is_told_and_leaves_nothing");
     let cache = "/tmp/small-cache";
@@ -219,7 +217,6 @@ fn full_disk_while_an_image_is_built_is_told_and_leaves_nothing() {
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn rootfs_that_is_not_there_is_named() {
     let _node = Node::new("rootfs_that_is_not_there_is_named");
     let arguments = [

@@ -120,13 +120,21 @@ fn stop_sends_sigterm_and_then_sigkill() {
     let polite = kubelet.run(
         &pod,
         "polite",
-        &sh("trap 'exit 12' TERM; while :; do sleep 0.1; done"),
+        &sh("trap 'exit 12' TERM; echo ready; while :; do sleep 0.1; done"),
     );
     let stubborn = kubelet.run(
         &pod,
         "stubborn",
-        &sh("trap '' TERM; while :; do sleep 0.1; done"),
+        &sh("trap '' TERM; echo ready; while :; do sleep 0.1; done"),
     );
+    for name in ["polite", "stubborn"] {
+        eventually(&format!("the handler of {name} is in place"), || {
+            kubelet
+                .log(name, 0, "stdout")
+                .contains("ready")
+                .then_some(())
+        });
+    }
     kubelet.stop(&polite, Duration::from_secs(60));
     assert_eq!(kubelet.exit_code(&polite), 12);
     kubelet.stop(&stubborn, Duration::from_secs(1));
@@ -224,7 +232,7 @@ fn memory_limit_is_the_containers_own() {
             &pod,
             "hungry",
             0,
-            &sh("head -c 100000000 /dev/zero | tail"),
+            &sh("dd if=/dev/zero of=/dev/shm/fill bs=1M count=60"),
             |config| {
                 config.linux.as_mut().unwrap().resources = Some(resources(32 << 20, 0));
             },
@@ -291,7 +299,6 @@ fn user_capabilities_and_seccomp_of_the_container_are_applied() {
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn host_namespaces_are_refused_with_a_reason() {
     let _node = Node::new("host_namespaces_are_refused_with_a_reason");
     let mut kubelet = Kubelet::new("host");

@@ -32,7 +32,6 @@ fn vmm_and_shim() -> (i32, i32) {
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn killed_vmm_is_exit_137_once() {
     let node = Node::new("killed_vmm_is_exit_137_once");
     let container = Container::start("vmm-killed", &["sleep", "infinity"]);
@@ -202,13 +201,11 @@ fn kill_in_the_middle(test: &str, victim: &str) {
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn vmm_killed_while_a_container_is_made() {
     kill_in_the_middle("vmm_killed_while_a_container_is_made", "coffer-vmm");
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn shim_killed_while_a_container_is_made() {
     kill_in_the_middle(
         "shim_killed_while_a_container_is_made",

@@ -29,7 +29,6 @@ fn stdout_and_stderr_stay_apart() {
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn output_of_200_mb_reaches_a_slow_reader_byte_for_byte() {
     const BYTES: usize = 200_000_000;
     const LINE: &[u8] = b"0123456789abcdefghijklmnopqrstuvwxyz\n";
@@ -73,7 +72,6 @@ fn output_of_200_mb_reaches_a_slow_reader_byte_for_byte() {
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn output_written_just_before_the_end_arrives_whole() {
     let _node = Node::new("output_written_just_before_the_end_arrives_whole");
     let output = Container::run(
@@ -84,7 +82,6 @@ fn output_written_just_before_the_end_arrives_whole() {
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn stdin_is_read_to_its_end() {
     let _node = Node::new("stdin_is_read_to_its_end");
     let input: Vec<u8> = (0..3_000_000_u32)
@@ -98,7 +95,6 @@ fn stdin_is_read_to_its_end() {
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn stdin_of_an_exec_is_read_to_its_end() {
     let _node = Node::new("stdin_of_an_exec_is_read_to_its_end");
     let container = Container::start("exec-stdin", &["sleep", "infinity"]);
@@ -117,7 +113,6 @@ fn stdin_of_an_exec_is_read_to_its_end() {
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn program_that_ignores_its_stdin_ends_all_the_same() {
     let _node = Node::new("program_that_ignores_its_stdin_ends_all_the_same");
     let output =
@@ -141,7 +136,6 @@ fn exit_does_not_wait_for_a_child_that_holds_stdout() {
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn twenty_execs_write_at_once_and_keep_their_output_apart() {
     let _node = Node::new("twenty_execs_write_at_once_and_keep_their_output_apart");
     let container = Container::start("chorus", &["sleep", "infinity"]);

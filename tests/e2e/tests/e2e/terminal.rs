@@ -99,7 +99,6 @@ impl Terminal {
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn terminal_has_the_users_size_and_follows_it() {
     let _node = Node::new("terminal_has_the_users_size_and_follows_it");
     let script = "stty size; trap 'stty size' WINCH; echo ready; read line; read line; echo got-$line; exit 7";
@@ -116,7 +115,6 @@ fn terminal_has_the_users_size_and_follows_it() {
 }
 
 #[test]
-#[ignore = "not seen green in the nested node yet"]
 fn interrupt_key_reaches_the_foreground_process() {
     let _node = Node::new("interrupt_key_reaches_the_foreground_process");
     let mut terminal = Terminal::run(
