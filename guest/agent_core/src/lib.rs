@@ -19,5 +19,5 @@ pub use error::{Code, Error};
 pub use events::Events;
 pub use plan::*;
 pub use service::Service;
-pub use system::{Gate, Job, Launched, System};
+pub use system::{Cgroups, Gate, Job, Launched, System};
 pub use table::{Consequences, Exit, ProcessIo, ProcessTable};

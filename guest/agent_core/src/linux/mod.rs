@@ -11,6 +11,7 @@ mod disk;
 mod mount;
 mod process;
 pub mod reaper;
+mod resources;
 mod watch;
 
 use std::collections::HashMap;
