@@ -206,6 +206,11 @@ impl FakeVm {
         self.guest.size(container, exec)
     }
 
+    /// The resources that a container was last given, as JSON.
+    pub fn resources(&self, container: &str) -> Option<Vec<u8>> {
+        self.guest.resources(container)
+    }
+
     /// The guest tells this, true or not.
     pub fn tell(&self, event: api::event::Event) {
         self.guest.tell(event);

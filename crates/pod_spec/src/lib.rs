@@ -21,6 +21,7 @@ mod error;
 mod mounts;
 mod sizing;
 mod translate;
+mod update;
 
 pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role};
 pub use config::{Guest, Log, LogLevel, RuntimeConfig, Storage, Vmm};
@@ -28,3 +29,4 @@ pub use config_text::{ConfigError, ConfigMistake};
 pub use error::SpecError;
 pub use sizing::VmSize;
 pub use translate::exec_process;
+pub use update::{MAX_RESOURCES_BYTES, ResourceUpdate};

@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 
 use agent_client::StdioPaths;
+use agent_proto::api;
 use ids::{ContainerId, ExecId};
 pub use task_state::KillScope;
 use task_state::{Exit, Pid, ProcessId, Status};
@@ -58,7 +59,7 @@ pub struct ProcessState {
     pub bundle: PathBuf,
     /// 0 before there is a process.
     pub pid: Pid,
-    /// Created, running or stopped.
+    /// Created, running, stopped, or about to be paused or paused.
     pub status: Status,
     /// Where the streams go.
     pub stdio: StdioPaths,
@@ -82,4 +83,13 @@ pub struct ProcessInfo {
     pub pid: Pid,
     /// The exec that it is, if containerd started it as one.
     pub exec: Option<ExecId>,
+}
+
+/// Whose figures answer `Stats`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TaskStats {
+    /// A container's in the guest.
+    Guest(Box<api::ContainerStats>),
+    /// The sandbox container stands for the VM: its figures are those of the host processes of the pod.
+    Sandbox,
 }

@@ -228,13 +228,16 @@ fn spec_error(error: SpecError) -> SandboxError {
         SpecError::TooLong { .. }
         | SpecError::Json(_)
         | SpecError::ExecJson(_)
+        | SpecError::ResourcesJson(_)
         | SpecError::Missing(_)
         | SpecError::Annotation { .. }
         | SpecError::Id(_) => SandboxErrorKind::InvalidArgument,
         SpecError::HostNamespace(..) | SpecError::Unsupported { .. } => {
             SandboxErrorKind::Unimplemented
         }
-        SpecError::TooLarge { .. } => SandboxErrorKind::ResourceExhausted,
+        SpecError::TooLarge { .. } | SpecError::BeyondVm { .. } => {
+            SandboxErrorKind::ResourceExhausted
+        }
     };
     SandboxError::new(kind, "read the container's spec").because(error)
 }
