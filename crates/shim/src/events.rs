@@ -79,6 +79,16 @@ fn message(event: &TaskEvent) -> Result<(&'static str, Any), protobuf::Error> {
             message.container_id = container.to_string();
             any(topics::TASK_OOM_EVENT_TOPIC, &message)
         }
+        TaskEvent::Paused { container } => {
+            let mut message = task::TaskPaused::new();
+            message.container_id = container.to_string();
+            any(topics::TASK_PAUSED_EVENT_TOPIC, &message)
+        }
+        TaskEvent::Resumed { container } => {
+            let mut message = task::TaskResumed::new();
+            message.container_id = container.to_string();
+            any(topics::TASK_RESUMED_EVENT_TOPIC, &message)
+        }
         TaskEvent::Exited { process, pid, exit } => {
             let mut message = task::TaskExit::new();
             message.container_id = process.container.to_string();
@@ -282,6 +292,20 @@ mod tests {
         assert_eq!(
             (topic.as_str(), oom.container_id.as_str()),
             ("/tasks/oom", "c1")
+        );
+        let (topic, paused): (_, task::TaskPaused) = enveloped(&TaskEvent::Paused {
+            container: container.clone(),
+        });
+        assert_eq!(
+            (topic.as_str(), paused.container_id.as_str()),
+            ("/tasks/paused", "c1")
+        );
+        let (topic, resumed): (_, task::TaskResumed) = enveloped(&TaskEvent::Resumed {
+            container: container.clone(),
+        });
+        assert_eq!(
+            (topic.as_str(), resumed.container_id.as_str()),
+            ("/tasks/resumed", "c1")
         );
         let (topic, deleted): (_, task::TaskDelete) = enveloped(&TaskEvent::Deleted {
             container,
