@@ -201,6 +201,15 @@ impl SandboxHandle {
         self.ask(Request::Dump).await
     }
 
+    /// The last that the guest wrote to its console, at most 4 KiB; the guest has written it, so it is not to be believed.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::FailedPrecondition`] before the VM is there; what the VM's end was, after it;
+    /// [`SandboxErrorKind::DeadlineExceeded`] if the VMM does not answer; [`SandboxErrorKind::Unavailable`] after the end.
+    pub async fn console(&self) -> Result<String, SandboxError> {
+        self.ask(Request::Console).await
+    }
+
     async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T, SandboxError> {
         let (reply, answer) = oneshot::channel();
         let gone = || SandboxError::new(SandboxErrorKind::Unavailable, "the sandbox has ended");

@@ -69,4 +69,5 @@ pub(crate) enum Request {
     Shutdown(Reply<()>),
     Terminate,
     Dump(Reply<serde_json::Value>),
+    Console(Reply<String>),
 }

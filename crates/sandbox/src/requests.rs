@@ -82,6 +82,10 @@ impl Owner {
                 self.work
                     .spawn(dump::answer(Arc::clone(&self.shared), own, reply));
             }
+            Request::Console(reply) => {
+                self.work
+                    .spawn(dump::console(Arc::clone(&self.shared), reply));
+            }
         }
     }
 

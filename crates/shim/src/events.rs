@@ -16,6 +16,7 @@ use containerd_shim_protos::topics;
 use containerd_shim_protos::types::mount;
 use ids::{ContainerId, Namespace};
 use sandbox::{Exit, RootfsMount, TaskEvent};
+use serde::Serialize;
 
 /// The envelope of `event`, which happened at `now`.
 ///
@@ -33,6 +34,100 @@ pub(crate) fn envelope(
     envelope.topic = topic.to_owned();
     envelope.event = MessageField::some(event);
     Ok(envelope)
+}
+
+/// An event for the operator: a JSON object on one line, with containerd's topic and names.
+#[derive(Serialize)]
+struct Line<'a> {
+    timestamp: &'a str,
+    topic: &'static str,
+    container_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exec_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exit_status: Option<u32>,
+}
+
+/// `event`, which happened at `timestamp`, for the operator.
+///
+/// # Errors
+/// If it cannot be encoded, which none of these can.
+pub(crate) fn line(event: &TaskEvent, timestamp: &str) -> serde_json::Result<String> {
+    let of = |topic, container: &ContainerId| (topic, container.to_string());
+    let ((topic, container), exec, pid, exit) = match event {
+        TaskEvent::Created { request, pid } => (
+            of(topics::TASK_CREATE_EVENT_TOPIC, &request.container),
+            None,
+            Some(pid),
+            None,
+        ),
+        TaskEvent::Started { container, pid } => (
+            of(topics::TASK_START_EVENT_TOPIC, container),
+            None,
+            Some(pid),
+            None,
+        ),
+        TaskEvent::ExecAdded { container, exec } => (
+            of(topics::TASK_EXEC_ADDED_EVENT_TOPIC, container),
+            Some(exec),
+            None,
+            None,
+        ),
+        TaskEvent::ExecStarted {
+            container,
+            exec,
+            pid,
+        } => (
+            of(topics::TASK_EXEC_STARTED_EVENT_TOPIC, container),
+            Some(exec),
+            Some(pid),
+            None,
+        ),
+        TaskEvent::OutOfMemory { container } => (
+            of(topics::TASK_OOM_EVENT_TOPIC, container),
+            None,
+            None,
+            None,
+        ),
+        TaskEvent::Paused { container } => (
+            of(topics::TASK_PAUSED_EVENT_TOPIC, container),
+            None,
+            None,
+            None,
+        ),
+        TaskEvent::Resumed { container } => (
+            of(topics::TASK_RESUMED_EVENT_TOPIC, container),
+            None,
+            None,
+            None,
+        ),
+        TaskEvent::Exited { process, pid, exit } => (
+            of(topics::TASK_EXIT_EVENT_TOPIC, &process.container),
+            process.exec.as_ref(),
+            Some(pid),
+            Some(exit),
+        ),
+        TaskEvent::Deleted {
+            container,
+            pid,
+            exit,
+        } => (
+            of(topics::TASK_DELETE_EVENT_TOPIC, container),
+            None,
+            Some(pid),
+            Some(exit),
+        ),
+    };
+    serde_json::to_string(&Line {
+        timestamp,
+        topic,
+        container_id: &container,
+        exec_id: exec.map(|exec| exec.as_str()),
+        pid: pid.map(|pid| pid.get()),
+        exit_status: exit.map(|exit| exit.status),
+    })
 }
 
 fn message(event: &TaskEvent) -> Result<(&'static str, Any), protobuf::Error> {
