@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod bad_input;
+mod cofferctl;
 mod cri;
 mod cri_client;
 mod faults;
