@@ -16,7 +16,7 @@ use crate::output::Output;
     name = "cofferctl",
     version,
     about = "The operator's tool for a Coffer node",
-    after_help = "Exit codes: 0 all is well, 1 something failed or a check did, 2 the command line is wrong."
+    after_help = "Exit codes: 0 all is well, 1 something failed or a check did, 2 the command line is wrong; of exec that of the program."
 )]
 pub(crate) struct Arguments {
     /// The node's config file; it need not exist if it is the default one
@@ -89,6 +89,18 @@ pub(crate) enum Verb {
         /// How to print them
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
+    },
+    /// Runs a debugging shell in a guest, with the guest's own processes, network and files; the node's config must allow it
+    Exec {
+        #[command(flatten)]
+        target: Target,
+        /// The program, of those below debug.rootfs, and its arguments
+        #[arg(
+            trailing_var_arg = true,
+            allow_hyphen_values = true,
+            default_value = "/bin/sh"
+        )]
+        command: Vec<String>,
     },
     /// Prints a shell's completions for cofferctl
     Completions {

@@ -4,13 +4,14 @@
 //! The operator's tool for a Coffer node.
 //!
 //! What it shows of sandboxes it reads from the directories that their shims keep ([`node`]) and asks of the shims
-//! themselves ([`shim`]). It changes nothing.
+//! themselves ([`shim`]). It changes nothing but by [`exec`].
 //!
 //! Exit codes: 0 all is well, 1 a check failed or something else did, 2 the command line is wrong.
 #![forbid(unsafe_code)]
 
 mod check;
 mod cli;
+mod exec;
 mod follow;
 mod list;
 mod node;
@@ -96,6 +97,7 @@ async fn of_sandboxes(arguments: &Arguments) -> Result<ExitCode> {
             let show = |line: &str| follow::event(line, *output);
             follow::run(&find(target)?, Lines::Events, *follow, show).await?;
         }
+        Verb::Exec { target, command } => return exec::run(&find(target)?, command).await,
         Verb::Stats {
             sandbox,
             namespace,

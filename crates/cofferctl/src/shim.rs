@@ -1,18 +1,18 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! The calls to a sandbox's shim, on the socket on which it serves containerd. None of them changes anything.
+//! The calls to a sandbox's shim, on the socket on which it serves containerd.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use containerd_shim_protos::api::StatsRequest;
+use containerd_shim_protos::api::{ResizePtyRequest, StatsRequest};
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::shim_async::{Client, TaskClient};
 use serde::Deserialize;
 use serde_json::Value;
 use shim_api::LINES_WAIT;
-use shim_api::api::{ConsoleRequest, DumpRequest, LinesRequest, LinesResponse};
+use shim_api::api::{ConsoleRequest, DumpRequest, ExecRequest, LinesRequest, LinesResponse};
 use shim_api::service::InspectClient;
 use tokio::time::timeout;
 use ttrpc::context::{Context as Deadline, with_duration};
@@ -115,6 +115,27 @@ impl Shim {
             Lines::Events => self.inspect.events(deadline, &request).await,
         };
         response.map_err(error).context("read lines")
+    }
+
+    /// Runs a debugging shell and answers its exit status, however long that takes.
+    pub(crate) async fn exec(&self, request: &ExecRequest) -> Result<u32> {
+        let response = self.inspect.exec(Deadline::default(), request).await;
+        Ok(response
+            .map_err(error)
+            .context("run the shell")?
+            .exit_status)
+    }
+
+    /// Resizes a shell's terminal.
+    pub(crate) async fn resize(&self, id: &str, columns: u32, rows: u32) -> Result<()> {
+        let request = ResizePtyRequest {
+            id: id.to_owned(),
+            width: columns,
+            height: rows,
+            ..Default::default()
+        };
+        let response = self.task.resize_pty(deadline(LIMIT), &request).await;
+        response.map(drop).map_err(error)
     }
 
     /// containerd's metrics of a container.

@@ -4,9 +4,10 @@
 //! The program beside shims that answer what these tests say.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::path::Path;
-use std::process::Output;
+use std::process::{Output, Stdio};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -18,6 +19,7 @@ use containerd_shim_protos::shim_async::{Task, create_task};
 use serde_json::Value;
 use shim_api::api;
 use shim_api::service::{Inspect, create_inspect};
+use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 use tokio::time::{Duration, timeout};
 use ttrpc::asynchronous::{Server, TtrpcContext};
@@ -87,6 +89,39 @@ impl Inspect for FakeShim {
             ..Default::default()
         })
     }
+
+    async fn exec(
+        &self,
+        _: &TtrpcContext,
+        request: api::ExecRequest,
+    ) -> ttrpc::Result<api::ExecResponse> {
+        if request.args.first().is_some_and(|first| first == "/bin/sh") {
+            let refusal = ttrpc::get_status(ttrpc::Code::PERMISSION_DENIED, "set debug.rootfs");
+            return Err(ttrpc::Error::RpcStatus(refusal));
+        }
+        assert!(request.id.starts_with(shim_api::SHELL_PREFIX));
+        assert!(request.terminal.is_none(), "a test has none");
+        let copied = tokio::task::spawn_blocking(move || copy_shell(&request));
+        Ok(api::ExecResponse {
+            exit_status: copied.await.unwrap(),
+            ..Default::default()
+        })
+    }
+}
+
+/// A shell that copies its stdin to stdout, complains, and ends with 5.
+fn copy_shell(request: &api::ExecRequest) -> u32 {
+    // As a shim opens them: outputs also for reading.
+    let open = |path: &str| File::options().read(true).write(true).open(path).unwrap();
+    let (mut out, mut err) = (open(&request.stdout), open(&request.stderr));
+    let mut input = Vec::new();
+    File::open(&request.stdin)
+        .unwrap()
+        .read_to_end(&mut input)
+        .unwrap();
+    out.write_all(&input).unwrap();
+    err.write_all(request.args.join(" ").as_bytes()).unwrap();
+    5
 }
 
 #[async_trait]
@@ -133,13 +168,19 @@ async fn node(root: &Path) -> Server {
     server
 }
 
-async fn cofferctl(root: &Path, words: &[&str]) -> Output {
-    let run = Command::new(env!("CARGO_BIN_EXE_cofferctl"))
+fn command(root: &Path, words: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cofferctl"));
+    command
         .arg("--state-dir")
         .arg(root.join("state"))
         .args(words)
-        .kill_on_drop(true)
-        .output();
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    command
+}
+
+async fn cofferctl(root: &Path, words: &[&str]) -> Output {
+    let run = command(root, words).output();
     timeout(Duration::from_secs(60), run)
         .await
         .unwrap()
@@ -245,6 +286,40 @@ async fn events_are_followed_to_the_end_of_the_sandbox() {
         .map(|event| event.get("topic").unwrap().clone())
         .collect();
     assert_eq!(topics, ["/tasks/create", "/tasks/start"]);
+}
+
+#[tokio::test]
+async fn shell_has_the_callers_streams_and_its_exit_code_is_the_callers() {
+    let dir = tempfile::tempdir().unwrap();
+    let _server = node(dir.path()).await;
+    let mut child = command(dir.path(), &["exec", "abc1", "tool", "-x", "--", "y"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let input = "0123456789abcdef".repeat(40_000);
+    let mut stdin = child.stdin.take().unwrap();
+    let bytes = input.clone().into_bytes();
+    let writer = tokio::spawn(async move { stdin.write_all(&bytes).await });
+    let output = timeout(Duration::from_secs(60), child.wait_with_output());
+    let output = output.await.unwrap().unwrap();
+    writer.await.unwrap().unwrap();
+    assert_eq!(output.status.code(), Some(5));
+    assert_eq!(stdout(&output), input);
+    assert_eq!(stderr(&output), "tool -x -- y");
+}
+
+#[tokio::test]
+async fn shell_that_is_not_allowed_is_refused_in_the_shims_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let _server = node(dir.path()).await;
+    let output = cofferctl(dir.path(), &["exec", "abc1"]).await;
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(
+        stderr(&output),
+        "cofferctl: run the shell: set debug.rootfs\n"
+    );
 }
 
 #[tokio::test]

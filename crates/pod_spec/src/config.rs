@@ -27,6 +27,8 @@ pub struct RuntimeConfig {
     pub storage: Storage,
     /// `[log]`.
     pub log: Log,
+    /// `[debug]`.
+    pub debug: Debug,
 }
 
 /// `[guest]`: what boots, and how large.
@@ -79,6 +81,13 @@ pub struct Storage {
 pub struct Log {
     /// `level`: the least severe lines that are written; containerd's `-debug` overrides it.
     pub level: LogLevel,
+}
+
+/// `[debug]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Debug {
+    /// `rootfs`: a directory with the tools of debugging shells, which are refused without one.
+    pub rootfs: Option<PathBuf>,
 }
 
 /// The least severe lines that are written.
@@ -134,6 +143,9 @@ impl RuntimeConfig {
                     LogLevel::Info,
                 ),
             },
+            debug: Debug {
+                rootfs: text.optional_path("debug.rootfs"),
+            },
         }
     }
 }
@@ -182,16 +194,21 @@ mod tests {
         assert_eq!(config.guest.default_memory, Mib(512));
         assert_eq!(config.vmm.path, PathBuf::from("/opt/coffer/bin/coffer-vmm"));
         assert_eq!(config.log.level, LogLevel::Info);
+        assert_eq!(
+            config.debug.rootfs, None,
+            "no shell unless the node says so"
+        );
     }
 
     #[test]
     fn values_replace_defaults() {
-        let text = "[guest]\ndefault_vcpus = 2\nkernel = \"/k\"\nkernel_arguments = [\"a=b\"]\n[log]\nlevel = \"debug\"";
+        let text = "[guest]\ndefault_vcpus = 2\nkernel = \"/k\"\nkernel_arguments = [\"a=b\"]\n[log]\nlevel = \"debug\"\n[debug]\nrootfs = \"/d\"";
         let config = RuntimeConfig::parse(text).unwrap();
         assert_eq!(config.guest.default_vcpus.get(), 2);
         assert_eq!(config.guest.kernel, PathBuf::from("/k"));
         assert_eq!(config.guest.kernel_arguments, ["a=b"]);
         assert_eq!(config.log.level, LogLevel::Debug);
+        assert_eq!(config.debug.rootfs, Some(PathBuf::from("/d")));
     }
 
     #[test]

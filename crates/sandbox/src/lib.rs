@@ -47,6 +47,7 @@ pub use host::{
 };
 pub use owner::{Deadlines, SandboxOptions, spawn};
 pub use request::{
-    CreateTask, Deleted, ExecTask, KillScope, ProcessInfo, ProcessState, RootfsMount, TaskStats,
+    CreateTask, Deleted, ExecTask, KillScope, ProcessInfo, ProcessState, RootfsMount, Shell,
+    TaskStats,
 };
 pub use task_state::{Exit, Pid, ProcessId, Status};

@@ -11,7 +11,7 @@ use ids::{ContainerId, ExecId};
 pub use task_state::KillScope;
 use task_state::{Exit, Pid, ProcessId, Status};
 
-/// containerd's `Create`.
+/// containerd's `Create`, or the operator's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CreateTask {
     /// The container's id.
@@ -22,6 +22,17 @@ pub struct CreateTask {
     pub rootfs: Vec<RootfsMount>,
     /// Where init's streams go.
     pub stdio: StdioPaths,
+    /// Set for a debugging shell, which has no bundle; containerd's tasks have none.
+    pub shell: Option<Shell>,
+}
+
+/// A debugging shell: a container with the guest's own processes, network and files in sight.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shell {
+    /// The program and its arguments.
+    pub args: Vec<String>,
+    /// The environment variable `TERM`; empty for none.
+    pub term: String,
 }
 
 /// A mount as a snapshotter hands it over (containerd's `types.Mount`).

@@ -36,6 +36,21 @@ pub(crate) fn envelope(
     Ok(envelope)
 }
 
+/// The container that `event` is about.
+pub(crate) fn container(event: &TaskEvent) -> &ContainerId {
+    match event {
+        TaskEvent::Created { request, .. } => &request.container,
+        TaskEvent::Exited { process, .. } => &process.container,
+        TaskEvent::Started { container, .. }
+        | TaskEvent::ExecAdded { container, .. }
+        | TaskEvent::ExecStarted { container, .. }
+        | TaskEvent::OutOfMemory { container }
+        | TaskEvent::Paused { container }
+        | TaskEvent::Resumed { container }
+        | TaskEvent::Deleted { container, .. } => container,
+    }
+}
+
 /// An event for the operator: a JSON object on one line, with containerd's topic and names.
 #[derive(Serialize)]
 struct Line<'a> {
@@ -55,75 +70,35 @@ struct Line<'a> {
 /// # Errors
 /// If it cannot be encoded, which none of these can.
 pub(crate) fn line(event: &TaskEvent, timestamp: &str) -> serde_json::Result<String> {
-    let of = |topic, container: &ContainerId| (topic, container.to_string());
-    let ((topic, container), exec, pid, exit) = match event {
-        TaskEvent::Created { request, pid } => (
-            of(topics::TASK_CREATE_EVENT_TOPIC, &request.container),
-            None,
-            Some(pid),
-            None,
-        ),
-        TaskEvent::Started { container, pid } => (
-            of(topics::TASK_START_EVENT_TOPIC, container),
-            None,
-            Some(pid),
-            None,
-        ),
-        TaskEvent::ExecAdded { container, exec } => (
-            of(topics::TASK_EXEC_ADDED_EVENT_TOPIC, container),
-            Some(exec),
-            None,
-            None,
-        ),
-        TaskEvent::ExecStarted {
-            container,
-            exec,
-            pid,
-        } => (
-            of(topics::TASK_EXEC_STARTED_EVENT_TOPIC, container),
+    let (topic, exec, pid, exit) = match event {
+        TaskEvent::Created { pid, .. } => (topics::TASK_CREATE_EVENT_TOPIC, None, Some(pid), None),
+        TaskEvent::Started { pid, .. } => (topics::TASK_START_EVENT_TOPIC, None, Some(pid), None),
+        TaskEvent::ExecAdded { exec, .. } => {
+            (topics::TASK_EXEC_ADDED_EVENT_TOPIC, Some(exec), None, None)
+        }
+        TaskEvent::ExecStarted { exec, pid, .. } => (
+            topics::TASK_EXEC_STARTED_EVENT_TOPIC,
             Some(exec),
             Some(pid),
             None,
         ),
-        TaskEvent::OutOfMemory { container } => (
-            of(topics::TASK_OOM_EVENT_TOPIC, container),
-            None,
-            None,
-            None,
-        ),
-        TaskEvent::Paused { container } => (
-            of(topics::TASK_PAUSED_EVENT_TOPIC, container),
-            None,
-            None,
-            None,
-        ),
-        TaskEvent::Resumed { container } => (
-            of(topics::TASK_RESUMED_EVENT_TOPIC, container),
-            None,
-            None,
-            None,
-        ),
+        TaskEvent::OutOfMemory { .. } => (topics::TASK_OOM_EVENT_TOPIC, None, None, None),
+        TaskEvent::Paused { .. } => (topics::TASK_PAUSED_EVENT_TOPIC, None, None, None),
+        TaskEvent::Resumed { .. } => (topics::TASK_RESUMED_EVENT_TOPIC, None, None, None),
         TaskEvent::Exited { process, pid, exit } => (
-            of(topics::TASK_EXIT_EVENT_TOPIC, &process.container),
+            topics::TASK_EXIT_EVENT_TOPIC,
             process.exec.as_ref(),
             Some(pid),
             Some(exit),
         ),
-        TaskEvent::Deleted {
-            container,
-            pid,
-            exit,
-        } => (
-            of(topics::TASK_DELETE_EVENT_TOPIC, container),
-            None,
-            Some(pid),
-            Some(exit),
-        ),
+        TaskEvent::Deleted { pid, exit, .. } => {
+            (topics::TASK_DELETE_EVENT_TOPIC, None, Some(pid), Some(exit))
+        }
     };
     serde_json::to_string(&Line {
         timestamp,
         topic,
-        container_id: &container,
+        container_id: container(event).as_str(),
         exec_id: exec.map(|exec| exec.as_str()),
         pid: pid.map(|pid| pid.get()),
         exit_status: exit.map(|exit| exit.status),
@@ -296,6 +271,7 @@ mod tests {
                 stdout: "/o".to_owned(),
                 stderr: String::new(),
             },
+            shell: None,
         };
         let event = TaskEvent::Created {
             request: Arc::new(request),

@@ -1,13 +1,15 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! `coffer.shim.v1.Inspect`: what a shim tells the operator, beside the Task service. Nothing here changes anything.
+//! `coffer.shim.v1.Inspect`: what a shim tells the operator, beside the Task service, and the debugging shells that it
+//! runs for them.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use sandbox::{EventSink, SandboxHandle, TaskEvent};
+use sandbox::{CreateTask, EventSink, SandboxHandle, Shell, StdioPaths, TaskEvent, TerminalSize};
 use shim_api::LINES_WAIT;
 use shim_api::api;
 use shim_api::service::{Inspect, create_inspect};
@@ -17,11 +19,14 @@ use ttrpc::asynchronous::{Service, TtrpcContext};
 use crate::events;
 use crate::history::History;
 use crate::log;
-use crate::status::to_status;
+use crate::shells::Shells;
+use crate::status::{status, to_status};
 
-/// What is kept for the operator.
+/// What is there for the operator.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Histories {
+pub(crate) struct Operator {
+    /// Their shells.
+    pub(crate) shells: Arc<Shells>,
     /// The lines of this process's log.
     pub(crate) log: Arc<History>,
     /// The events for containerd, each as a JSON object.
@@ -31,16 +36,13 @@ pub(crate) struct Histories {
 /// The Inspect service of one sandbox.
 pub(crate) struct InspectService {
     sandbox: SandboxHandle,
-    histories: Histories,
+    operator: Operator,
 }
 
 impl InspectService {
     /// For the server: under its name.
-    pub(crate) fn services(
-        sandbox: SandboxHandle,
-        histories: Histories,
-    ) -> HashMap<String, Service> {
-        create_inspect(Arc::new(Self { sandbox, histories }))
+    pub(crate) fn services(sandbox: SandboxHandle, operator: Operator) -> HashMap<String, Service> {
+        create_inspect(Arc::new(Self { sandbox, operator }))
     }
 
     /// An answer is never later than the sandbox's end: who waits for a line must not hold up the shim's.
@@ -89,7 +91,7 @@ impl Inspect for InspectService {
         _: &TtrpcContext,
         request: api::LinesRequest,
     ) -> ttrpc::Result<api::LinesResponse> {
-        Ok(self.lines(&self.histories.log, &request).await)
+        Ok(self.lines(&self.operator.log, &request).await)
     }
 
     async fn events(
@@ -97,25 +99,69 @@ impl Inspect for InspectService {
         _: &TtrpcContext,
         request: api::LinesRequest,
     ) -> ttrpc::Result<api::LinesResponse> {
-        Ok(self.lines(&self.histories.events, &request).await)
+        Ok(self.lines(&self.operator.events, &request).await)
+    }
+
+    async fn exec(
+        &self,
+        _: &TtrpcContext,
+        request: api::ExecRequest,
+    ) -> ttrpc::Result<api::ExecResponse> {
+        let (task, size) = shell(request)?;
+        let ended = self.operator.shells.run(&self.sandbox, task, size).await;
+        let mut response = api::ExecResponse::new();
+        response.exit_status = ended.map_err(|error| to_status(&error))?;
+        Ok(response)
     }
 }
 
-/// Keeps the events that pass.
+fn shell(request: api::ExecRequest) -> ttrpc::Result<(CreateTask, Option<TerminalSize>)> {
+    let terminal = request.terminal.into_option();
+    let size = terminal
+        .as_ref()
+        .filter(|terminal| terminal.columns > 0 && terminal.rows > 0)
+        .map(|terminal| TerminalSize {
+            columns: terminal.columns,
+            rows: terminal.rows,
+        });
+    let container = request.id.parse();
+    let task = CreateTask {
+        container: container.map_err(|error: ids::InvalidId| {
+            status(ttrpc::Code::INVALID_ARGUMENT, error.to_string())
+        })?,
+        bundle: PathBuf::new(),
+        rootfs: Vec::new(),
+        stdio: StdioPaths {
+            terminal: terminal.is_some(),
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+        },
+        shell: Some(Shell {
+            args: request.args,
+            term: terminal.unwrap_or_default().term,
+        }),
+    };
+    Ok((task, size))
+}
+
+/// Keeps the events that pass, and keeps those of shells from containerd.
 pub(crate) struct RecordingSink {
     pub(crate) sink: Arc<dyn EventSink>,
-    pub(crate) history: Arc<History>,
+    pub(crate) operator: Operator,
 }
 
 impl EventSink for RecordingSink {
     fn publish(&self, event: TaskEvent) {
         match events::line(&event, &log::timestamp()) {
-            Ok(line) => self.history.push(&line),
+            Ok(line) => self.operator.events.push(&line),
             Err(error) => tracing::warn!(
                 error = &error as &dyn std::error::Error,
                 "an event cannot be shown"
             ),
         }
-        self.sink.publish(event);
+        if self.operator.shells.is_public(&event) {
+            self.sink.publish(event);
+        }
     }
 }

@@ -29,6 +29,7 @@ mod process;
 mod publisher;
 mod run;
 mod serve;
+mod shells;
 mod socket;
 mod start;
 mod state_dir;

@@ -18,7 +18,7 @@ use pod_spec::{Bundle, ContainerSpec, Role, RuntimeConfig, SpecError};
 use pod_storage::{Rootfs, RootfsForm, StorageError, Store};
 use sandbox::{
     ContainerKind, ContainerPlan, CreateTask, GuestContainer, GuestDisk, GuestRootfs, Host,
-    PodPlan, SandboxError, SandboxErrorKind,
+    PodPlan, SandboxError, SandboxErrorKind, Shell,
 };
 
 use crate::serve::PodRequest;
@@ -85,6 +85,25 @@ impl NodeHost {
             copied_mounts: store.copy_files(&spec.copies).map_err(storage_error)?,
         })
     }
+
+    /// A debugging shell, if the node allows any.
+    fn shell(&self, task: &CreateTask, shell: &Shell) -> Result<GuestContainer, SandboxError> {
+        let tools = self.config.debug.rootfs.as_deref().ok_or_else(|| {
+            let message = "this node allows no debugging shells: set debug.rootfs in its config to a directory with \
+                           /bin/sh, and start the pod anew";
+            SandboxError::new(SandboxErrorKind::PermissionDenied, message)
+        })?;
+        tracing::info!(container_id = %task.container, "a debugging shell begins");
+        let rootfs = self
+            .store()?
+            .rootfs(&task.container, &[], tools)
+            .map_err(storage_error)?;
+        Ok(GuestContainer {
+            spec_json: pod_spec::shell_spec(&shell.args, task.stdio.terminal, &shell.term),
+            rootfs: guest_rootfs(rootfs)?,
+            copied_mounts: Vec::new(),
+        })
+    }
 }
 
 impl Host for NodeHost {
@@ -126,6 +145,12 @@ impl Host for NodeHost {
     }
 
     fn plan_container(&self, task: &CreateTask) -> Result<ContainerPlan, SandboxError> {
+        if let Some(shell) = &task.shell {
+            return Ok(ContainerPlan {
+                kind: ContainerKind::Guest(self.shell(task, shell)?),
+                guard: nothing_to_undo(),
+            });
+        }
         let bundle = bundle(&task.bundle)?;
         let sandbox = bundle.sandbox(&task.container).map_err(spec_error)?;
         if sandbox != self.id {
@@ -281,6 +306,7 @@ mod tests {
             bundle: dir.to_path_buf(),
             rootfs,
             stdio: StdioPaths::default(),
+            shell: None,
         }
     }
 
@@ -375,6 +401,46 @@ mod tests {
             text,
             "container pod2 is of sandbox pod2, this is sandbox pod1"
         );
+    }
+
+    fn shell(dir: &Path) -> CreateTask {
+        CreateTask {
+            shell: Some(Shell {
+                args: vec!["/bin/sh".to_owned()],
+                term: String::new(),
+            }),
+            ..task(dir, "coffer-shell-1", vec![])
+        }
+    }
+
+    #[test]
+    fn shell_is_refused_unless_the_config_allows_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (kind, text) = kind(host(dir.path(), "").plan_container(&shell(dir.path())));
+        assert_eq!(kind, SandboxErrorKind::PermissionDenied);
+        assert!(text.contains("set debug.rootfs"), "{text}");
+    }
+
+    #[test]
+    fn shell_has_the_tools_of_the_config() {
+        let dir = tempfile::tempdir().unwrap();
+        let tools = dir.path().join("tools");
+        std::fs::create_dir_all(tools.join("bin")).unwrap();
+        std::fs::write(tools.join("bin/sh"), "tool").unwrap();
+        let config = format!("[debug]\nrootfs = {:?}", tools.to_str().unwrap());
+        let plan = host(dir.path(), &config)
+            .plan_container(&shell(dir.path()))
+            .unwrap();
+        let ContainerKind::Guest(guest) = plan.kind else {
+            panic!("a shell is in the guest")
+        };
+        let GuestRootfs::Layered(layers) = guest.rootfs else {
+            panic!("a directory is an image")
+        };
+        assert_eq!(layers.len(), 1);
+        assert_eq!(layers[0].fs_type, "erofs");
+        let spec: serde_json::Value = serde_json::from_slice(&guest.spec_json).unwrap();
+        assert_eq!(spec["process"]["args"][0], "/bin/sh");
     }
 
     #[test]

@@ -30,7 +30,7 @@ use crate::args::ShimArgs;
 use crate::error::{ShimError, report};
 use crate::handover;
 use crate::host_cgroup;
-use crate::inspect_service::{Histories, InspectService, RecordingSink};
+use crate::inspect_service::{InspectService, Operator, RecordingSink};
 use crate::log;
 use crate::process::ProcessIdentity;
 use crate::publisher::{Patience, Publisher};
@@ -97,7 +97,7 @@ pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(
         return Err(ShimError::StartDied);
     };
     let config = read_config(args.config.as_deref());
-    let histories = Histories::default();
+    let operator = Operator::default();
     let level = match &config {
         _ if args.debug => Level::DEBUG,
         Ok(config) => level(config.log.level),
@@ -111,7 +111,7 @@ pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(
             ("namespace", args.namespace.as_str()),
             ("sandbox_id", args.id.as_str()),
         ],
-        Arc::clone(&histories.log),
+        Arc::clone(&operator.log),
     );
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -125,7 +125,7 @@ pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(
             bundle,
             state,
             config,
-            histories,
+            operator,
         };
         runtime.block_on(shim.run(listener, node))
     });
@@ -158,7 +158,7 @@ struct Shim<'a> {
     bundle: PathBuf,
     state: StateDir,
     config: RuntimeConfig,
-    histories: Histories,
+    operator: Operator,
 }
 
 impl Shim<'_> {
@@ -189,14 +189,16 @@ impl Shim<'_> {
             host: parts.host,
             events: Arc::new(RecordingSink {
                 sink: Arc::new(publisher.clone()),
-                history: Arc::clone(&self.histories.events),
+                operator: self.operator.clone(),
             }),
             deadlines: parts.deadlines,
         });
         let mut server = Server::new()
             .add_listener(Listener::try_from(listener).map_err(server_error)?)
-            .register_service(TaskService::new(sandbox.clone()).services())
-            .register_service(InspectService::services(sandbox.clone(), self.histories));
+            .register_service(
+                TaskService::new(sandbox.clone(), Arc::clone(&self.operator.shells)).services(),
+            )
+            .register_service(InspectService::services(sandbox.clone(), self.operator));
         server
             .start()
             .await

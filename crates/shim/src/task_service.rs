@@ -28,6 +28,7 @@ use ttrpc::asynchronous::{Service, TtrpcContext};
 use crate::error::report;
 use crate::events::exited_at;
 use crate::metrics;
+use crate::shells::Shells;
 use crate::status::{status, to_status};
 
 /// The service's name up to containerd 1.7, and in 2.x for shims that answer `start` with an address.
@@ -43,12 +44,13 @@ const RESOURCES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/
 #[derive(Clone)]
 pub struct TaskService {
     sandbox: SandboxHandle,
+    shells: Arc<Shells>,
 }
 
 impl TaskService {
-    /// The service of `sandbox`.
-    pub fn new(sandbox: SandboxHandle) -> Self {
-        Self { sandbox }
+    /// The service of `sandbox`, whose debugging shells are `shells`.
+    pub(crate) fn new(sandbox: SandboxHandle, shells: Arc<Shells>) -> Self {
+        Self { sandbox, shells }
     }
 
     /// The service under both of its names, for a ttrpc server.
@@ -108,6 +110,7 @@ fn create_request(request: api::CreateTaskRequest) -> ttrpc::Result<CreateTask> 
             stdout: request.stdout,
             stderr: request.stderr,
         },
+        shell: None,
     })
 }
 
@@ -347,7 +350,12 @@ impl Task for TaskService {
             self.sandbox.terminate().await;
             return Ok(api::Empty::new());
         }
-        match self.sandbox.shutdown().await {
+        let mut ended = self.sandbox.shutdown().await;
+        if ended.is_err() && self.shells.are_alone() {
+            self.shells.end_all(&self.sandbox).await;
+            ended = self.sandbox.shutdown().await;
+        }
+        match ended {
             Ok(()) => Ok(api::Empty::new()),
             Err(error) => match error.kind() {
                 SandboxErrorKind::FailedPrecondition | SandboxErrorKind::Unavailable => {

@@ -27,6 +27,9 @@ pub const VMM_FILE: &str = "vmm.json";
 /// In the name of a directory that is being removed, and in no sandbox's id.
 pub const REMOVED: &str = "..removed";
 
+/// How the id of every debugging shell begins.
+pub const SHELL_PREFIX: &str = "coffer-shell-";
+
 /// How long an answer to [`api::LinesRequest`] waits for a line.
 pub const LINES_WAIT: Duration = Duration::from_secs(10);
 

@@ -174,6 +174,7 @@ impl Pod {
             bundle: PathBuf::from("/bundle"),
             rootfs: Vec::new(),
             stdio: StdioPaths::default(),
+            shell: None,
         }
     }
 

@@ -3,9 +3,12 @@
 
 //! The operator's tool on a node with sandboxes.
 
+use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
 
-use e2e::{Container, Node, eventually, run, spawn};
+use e2e::{ConfigChange, Container, Node, eventually, run, run_with_input, spawn};
 use serde_json::Value;
 
 use crate::cri_client::Kubelet;
@@ -108,4 +111,75 @@ fn events_are_followed_to_the_end_of_the_sandbox() {
             .any(|line| line.contains("/tasks/exit") && line.ends_with("exit=137")),
         "{rest:?}"
     );
+}
+
+/// A directory with the tools of a debugging shell, and a config that allows one, until both are dropped.
+fn allow_shells(node: &Node) -> (PathBuf, ConfigChange) {
+    let tools = PathBuf::from("/tmp/debug-tools");
+    fs::create_dir_all(tools.join("bin")).unwrap();
+    fs::copy("/bin/busybox", tools.join("bin/busybox")).unwrap();
+    let _there = symlink("busybox", tools.join("bin/sh"));
+    let config = fs::read_to_string("/etc/coffer/config.toml").unwrap_or_default();
+    let change = node.change_config(&format!(
+        "{config}\n[debug]\nrootfs = {:?}\n",
+        tools.display().to_string()
+    ));
+    (tools, change)
+}
+
+#[test]
+fn shell_is_refused_where_the_config_does_not_allow_it() {
+    let _node = Node::new("shell_is_refused_where_the_config_does_not_allow_it");
+    let container = Container::start("no-shell", &["sleep", "infinity"]);
+    let refused = run("cofferctl", &["exec", container.id()]);
+    assert_eq!(refused.code, 1);
+    assert!(refused.stderr.contains("set debug.rootfs"), "{refused:?}");
+}
+
+#[test]
+fn shell_sees_the_guest_and_leaves_nothing() {
+    let node = Node::new("shell_sees_the_guest_and_leaves_nothing");
+    let (tools, _config) = allow_shells(&node);
+    let container = Container::start("shell", &["sleep", "31415"]);
+    let script = b"busybox ps\nbusybox cat /proc/1/root/proc/sys/kernel/random/boot_id\necho oops >&2\nexit 7\n";
+    let output = run_with_input("cofferctl", &["exec", "shell"], script);
+    assert_eq!(output.code, 7, "{output:?}");
+    assert!(output.stdout.contains("sleep 31415"), "{output:?}");
+    assert_eq!(output.stderr, "oops\n");
+    let boot_id = container.exec("boot", &["cat", "/proc/sys/kernel/random/boot_id"]);
+    assert!(output.stdout.ends_with(&boot_id.stdout), "{output:?}");
+    // Once more: the first has left its name and its disk's slot.
+    assert_eq!(
+        run("cofferctl", &["exec", "shell", "/bin/sh", "-c", "exit 3"]).code,
+        3
+    );
+    assert_eq!(container.status().as_deref(), Some("RUNNING"));
+    fs::remove_dir_all(tools).unwrap();
+}
+
+#[test]
+fn shell_that_is_open_keeps_no_sandbox_alive() {
+    let node = Node::new("shell_that_is_open_keeps_no_sandbox_alive");
+    let (tools, _config) = allow_shells(&node);
+    let container = Container::start("open-shell", &["sleep", "infinity"]);
+    let mut shell = spawn(
+        "cofferctl",
+        &[
+            "exec",
+            "open-shell",
+            "/bin/sh",
+            "-c",
+            "echo begun; exec busybox sleep 100000",
+        ],
+    );
+    let mut lines = BufReader::new(shell.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "begun");
+    container.kill("SIGKILL").success();
+    container.wait_stopped();
+    assert_eq!(container.delete_task(), 137);
+    let status = eventually("the shell ends with its sandbox", || {
+        shell.try_wait().unwrap()
+    });
+    assert!(!status.success());
+    fs::remove_dir_all(tools).unwrap();
 }
