@@ -94,8 +94,8 @@ impl Shells {
         })
     }
 
-    /// Kills all shells and waits until they are gone, or for a bound.
-    pub(crate) async fn end_all(&self, sandbox: &SandboxHandle) {
+    /// Kills all shells and waits until they are gone. `false`: they are not within a bound.
+    pub(crate) async fn end_all(&self, sandbox: &SandboxHandle) -> bool {
         let open = self.0.borrow().open.clone();
         for id in open {
             // One that has ended by itself is fine.
@@ -105,9 +105,11 @@ impl Shells {
         }
         let mut state = self.0.subscribe();
         let empty = state.wait_for(|state| state.open.is_empty());
-        if timeout(END_LIMIT, empty).await.is_err() {
-            tracing::warn!("a debugging shell does not end");
+        let ended = timeout(END_LIMIT, empty).await.is_ok();
+        if !ended {
+            tracing::warn!("a debugging shell does not end: its VM does");
         }
+        ended
     }
 
     async fn reserve(&self, sandbox: &SandboxHandle, id: &ContainerId) -> Result<(), SandboxError> {

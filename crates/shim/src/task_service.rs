@@ -352,7 +352,10 @@ impl Task for TaskService {
         }
         let mut ended = self.sandbox.shutdown().await;
         if ended.is_err() && self.shells.are_alone() {
-            self.shells.end_all(&self.sandbox).await;
+            if !self.shells.end_all(&self.sandbox).await {
+                self.sandbox.terminate().await;
+                return Ok(api::Empty::new());
+            }
             ended = self.sandbox.shutdown().await;
         }
         match ended {

@@ -34,8 +34,10 @@ impl Shim {
         // As an operator's tool finds it.
         let state = containerd.path("state").join(NAMESPACE).join("c1");
         let socket = fs::read_to_string(state.join(shim_api::SOCKET_FILE)).unwrap();
-        let client = Client::connect(&format!("unix://{socket}")).await.unwrap();
-        let task = TaskClient::new(client.clone());
+        let address = format!("unix://{socket}");
+        // A connection each: a call that comes too late breaks its own connection only.
+        let task = TaskClient::new(Client::connect(&address).await.unwrap());
+        let inspect = InspectClient::new(Client::connect(&address).await.unwrap());
         let create = CreateTaskRequest {
             id: "c1".to_owned(),
             bundle: bundle.to_str().unwrap().to_owned(),
@@ -45,7 +47,7 @@ impl Shim {
         Self {
             containerd,
             task,
-            inspect: InspectClient::new(client),
+            inspect,
         }
     }
 
@@ -160,17 +162,17 @@ mod shells {
                 let response = inspect.exec(patiently(), &shell(&["sleep"])).await?;
                 Ok(response.exit_status)
             });
-            let mut from = 0;
-            loop {
-                let (events, next) = self.events(from, true).await;
+            let running = async {
                 let begun = |event: &serde_json::Value| {
                     event["container_id"] == ID && event["topic"] == "/tasks/start"
                 };
-                if events.iter().any(begun) {
-                    return shell;
+                let (mut events, mut next) = self.events(0, true).await;
+                while !events.iter().any(begun) {
+                    (events, next) = self.events(next, true).await;
                 }
-                from = next;
-            }
+            };
+            timeout(PATIENCE, running).await.unwrap();
+            shell
         }
 
         async fn state(&self, id: &str) -> ttrpc::Result<()> {
