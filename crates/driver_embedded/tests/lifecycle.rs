@@ -66,6 +66,7 @@ fn spec(code: &[u8]) -> VmSpec {
         kernel: file_with(&pvh_kernel(code)),
         initramfs: file_with(b""),
         kernel_arguments: Vec::new(),
+        networks: Vec::new(),
         disks: Vec::new(),
         cid: GuestCid::DEFAULT,
         host_ports: vec![VsockPort(1024)],

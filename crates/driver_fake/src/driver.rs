@@ -60,6 +60,7 @@ pub fn fake_spec(sandbox: ids::SandboxId) -> io::Result<VmSpec> {
         kernel: null()?,
         initramfs: null()?,
         kernel_arguments: Vec::new(),
+        networks: Vec::new(),
         disks: Vec::new(),
         cid: ids::GuestCid::DEFAULT,
         host_ports: vec![CONTROL_PORT],
@@ -96,6 +97,7 @@ impl Driver for FakeDriver {
         Capabilities {
             name: "fake",
             max_disks: MAX_DISKS,
+            max_networks: 8,
             max_vcpus: 8,
         }
     }

@@ -34,7 +34,12 @@ pub(crate) fn give(end: &OwnedFd, listener: &UnixListener) -> io::Result<()> {
     let mut control = SendAncillaryBuffer::new(&mut space);
     let descriptors = [listener.as_fd()];
     control.push(SendAncillaryMessage::ScmRights(&descriptors));
-    sendmsg(end, &[IoSlice::new(b"l")], &mut control, SendFlags::NOSIGNAL)?;
+    sendmsg(
+        end,
+        &[IoSlice::new(b"l")],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )?;
     Ok(())
 }
 

@@ -27,8 +27,8 @@ pub enum Direction {
 
 /// A range of guest buffers, as system calls take it.
 ///
-/// Invariant: each iovec lies within guest memory that is borrowed for `'m`, so the mapping
-/// outlives it. What is in that memory may change at any time (the guest runs): nothing here turns
+/// Invariant: each iovec lies within memory that is borrowed for `'m`, the guest's or, to be read only, the host's, so the
+/// mapping outlives it. What is in guest memory may change at any time (the guest runs): nothing here turns
 /// it into a reference.
 pub struct IoSlices<'m> {
     iovecs: Vec<libc::iovec>,
@@ -87,6 +87,20 @@ impl<'m> IoSlices<'m> {
         Self {
             iovecs: Vec::new(),
             direction,
+            memory: PhantomData,
+        }
+    }
+
+    /// Bytes of the host, to be written out before guest memory.
+    #[must_use]
+    pub fn host(bytes: &'m [u8]) -> Self {
+        Self {
+            iovecs: vec![libc::iovec {
+                // Only read from: every call that writes through an iovec asks for the other direction.
+                iov_base: bytes.as_ptr().cast_mut().cast(),
+                iov_len: bytes.len(),
+            }],
+            direction: Direction::FromGuest,
             memory: PhantomData,
         }
     }

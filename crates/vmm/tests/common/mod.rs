@@ -64,6 +64,7 @@ pub(crate) fn config() -> Config {
         host_ports: Vec::new(),
         console_log: false,
         disks: Vec::new(),
+        networks: Vec::new(),
         disk_slots: 24,
         jail: Some(JailConfig {
             uid: 64999,
