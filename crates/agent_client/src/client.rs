@@ -99,7 +99,7 @@ impl AgentClient {
         &self,
         request: &api::ConfigureSandboxRequest,
     ) -> Result<(), AgentError> {
-        self.done("ConfigureSandbox", request, self.deadlines.call)
+        self.done("ConfigureSandbox", request, self.deadlines.create)
             .await
     }
 

@@ -48,7 +48,7 @@ pub struct Deadlines {
     pub boot: Duration,
     /// For one call to the agent, other than those of `create`.
     pub call: Duration,
-    /// For making, starting or removing a container or exec in the guest.
+    /// For setting the guest up, and for making, starting or removing a container or exec in it.
     pub create: Duration,
     /// For the last of a process's output, before it is deleted.
     pub drain: Duration,

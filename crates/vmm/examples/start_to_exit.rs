@@ -2,13 +2,15 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! Measures a VMM from its process start through the guest's first instruction to its exit, 1 vCPU and 128 MiB:
-//! `start_to_exit <coffer-vmm> [repetitions]`. Prints microseconds as JSON: every sample, and the median.
+//! `start_to_exit <coffer-vmm> [repetitions]`. Beside it, in turn, Cloud Hypervisor with the same guest, if it is on PATH.
+//! Prints microseconds as JSON: for each VMM every sample, and the median.
 
 use std::error::Error;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -34,24 +36,54 @@ fn main() -> Result<(), Box<dyn Error>> {
     File::create(&path)?.write_all(&pvh_kernel::pvh_kernel(RESET))?;
     let empty = folder.join("initramfs");
     File::create(&empty)?;
-    let mut samples = Vec::new();
+    let peer = std::env::var_os("PATH")
+        .iter()
+        .flat_map(std::env::split_paths)
+        .map(|folder| folder.join("cloud-hypervisor"))
+        .find(|program| program.is_file());
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..repetitions {
         let (kernel, initramfs) = (File::open(&path)?, File::open(&empty)?);
-        samples.push(once(&program, &kernel, &initramfs, &folder.join("vsock"))?);
+        ours.push(once(&program, &kernel, &initramfs, &folder.join("vsock"))?);
+        if let Some(program) = &peer {
+            theirs.push(once_cloud_hypervisor(program, &path)?);
+        }
     }
     std::fs::remove_dir_all(&folder)?;
+    let (ours, theirs) = (series(ours), peer.map(|_| series(theirs)));
+    let theirs = theirs.unwrap_or_else(|| "null".to_owned());
+    println!("{{\"coffer-vmm\":{ours},\"cloud-hypervisor\":{theirs}}}");
+    Ok(())
+}
+
+fn series(samples: Vec<u128>) -> String {
     let mut sorted = samples.clone();
     sorted.sort_unstable();
     let median = sorted.get(sorted.len() / 2).copied().unwrap_or(0);
-    println!("{{\"median_us\":{median},\"samples_us\":{samples:?}}}");
-    Ok(())
+    format!("{{\"median_us\":{median},\"samples_us\":{samples:?}}}")
+}
+
+fn once_cloud_hypervisor(program: &Path, kernel: &Path) -> Result<u128, Box<dyn Error>> {
+    let started = Instant::now();
+    let status = Command::new(program)
+        .arg("--kernel")
+        .arg(kernel)
+        .args(["--cpus", "boot=1", "--memory", "size=128M"])
+        .args(["--console", "off", "--serial", "off"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()?;
+    if !status.success() {
+        return Err(format!("Cloud Hypervisor failed: {status}").into());
+    }
+    Ok(started.elapsed().as_micros())
 }
 
 fn once(
     program: &str,
     kernel: &File,
     initramfs: &File,
-    socket: &std::path::Path,
+    socket: &Path,
 ) -> Result<u128, Box<dyn Error>> {
     let config = Config {
         vcpus: 1,

@@ -118,12 +118,12 @@ fn test_crates() -> Result<Tally> {
     Ok(tally)
 }
 
-/// What libtest programs say about their failed tests.
+/// What libtest programs say about their failed tests, and about those that hang.
 fn failures(output: &str) -> String {
     let mut inside = false;
     let wanted = output.lines().filter(|line| {
         inside = (inside || line.starts_with("failures:")) && !line.starts_with("test result:");
-        inside
+        inside || line.contains(" has been running for over ")
     });
     wanted.collect::<Vec<_>>().join("\n")
 }
@@ -270,9 +270,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_failed_tests_are_shown() {
+    fn only_failed_and_hanging_tests_are_shown() {
         let output = "test a ... ok\ntest b ... FAILED\n\nfailures:\n\n---- b stdout ----\nwhy\n\n\
-                      test result: FAILED. 1 passed; 1 failed; 0 ignored\nrunning 0 tests\n";
-        assert_eq!(failures(output), "failures:\n\n---- b stdout ----\nwhy\n");
+                      test result: FAILED. 1 passed; 1 failed; 0 ignored\nrunning 1 test\n\
+                      test c has been running for over 60 seconds\n";
+        assert_eq!(
+            failures(output),
+            "failures:\n\n---- b stdout ----\nwhy\n\ntest c has been running for over 60 seconds"
+        );
     }
 }

@@ -117,12 +117,27 @@ pub(crate) fn close_on_exec_from_3() -> io::Result<()> {
     check(result)
 }
 
-/// Gives every signal its default action and unblocks all: Rust's runtime ignores SIGPIPE, and an ignored signal stays so
-/// over `execve(2)`.
+/// The kernel's number of signals, and the size of a set of them in bytes.
+const SIGNALS: libc::c_int = 64;
+const SIGNAL_SET_BYTES: usize = 8;
+
+/// Gives every signal its default action and unblocks all: Rust's runtime ignores SIGPIPE, the kernel starts its init with
+/// libc's own two signals ignored, and an ignored signal stays so over `execve(2)`.
 pub(crate) fn default_signals() {
-    for signal in 1..=libc::SIGRTMAX() {
-        // SAFETY: SIG_DFL is always a valid action. SIGKILL, SIGSTOP and libc's own signals are refused, which is harmless.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    // The kernel's struct, not libc's: handler (SIG_DFL is 0), flags, restorer, mask.
+    let default = [0u64; 4];
+    for signal in 1..=SIGNALS {
+        // SAFETY: the kernel reads `default`, which has the size of its struct. SIGKILL and SIGSTOP are refused, which is
+        // harmless.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                default.as_ptr(),
+                std::ptr::null_mut::<u64>(),
+                SIGNAL_SET_BYTES,
+            )
+        };
     }
     // SAFETY: both calls write to `none`, which is valid and lives over them.
     unsafe {

@@ -171,9 +171,11 @@ impl Stdin {
         // An error would mean that the sender is gone, and it is in `self`.
         let _always = begun.wait_for(|begun| *begun).await;
         let read = open_at(&self.path, OFlags::RDONLY)?;
+        // Also where CloseIO came first: a FIFO tells its reader of an end only after it had a writer.
+        let writer = open_at(&self.path, OFlags::WRONLY)?;
         let mut hold = self.hold();
         if !hold.released {
-            hold.writer = Some(open_at(&self.path, OFlags::WRONLY)?);
+            hold.writer = Some(writer);
         }
         Ok(read)
     }

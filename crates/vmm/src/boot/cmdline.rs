@@ -19,6 +19,7 @@ const ARGUMENTS: &[&str] = &[
     "8250.nr_uarts=0",     // no probing for UARTs, where the driver is built in
     "i8042.noprobe=1",     // nor for a keyboard
     "cryptomgr.notests",   // no self tests
+    "noreplace-smp", // lock prefixes stay: with one vCPU the kernel would patch all of them away
 ];
 
 /// The command line of a guest with `devices` virtio windows, `extra` at its end, and a zero.

@@ -199,12 +199,9 @@ fn full_disk_while_an_image_is_built_is_told_and_leaves_nothing() {
     .success();
     let config = format!("[storage]\ncache_dir = \"{cache}\"");
     let error = refused(&node, "full-disk", &config);
-    let left: Vec<_> = fs::read_dir(format!("{cache}/images"))
+    let images = fs::read_dir(format!("{cache}/images"))
         .unwrap()
         .flatten()
-        .collect();
-    let images = left
-        .iter()
         .filter(|entry| entry.path().extension().is_some_and(|end| end == "erofs"))
         .count();
     // The shim of the failed container may still be on its way out.

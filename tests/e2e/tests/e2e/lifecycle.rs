@@ -265,7 +265,7 @@ fn plain_directory_serves_as_rootfs() {
         "--rootfs",
         root,
         "plain",
-        "cat",
+        "/bin/cat",
         "/etc/passwd",
     ];
     let output = run("ctr", &arguments).success();

@@ -3,12 +3,7 @@
 
 //! End-to-end tests: containerd, the shim, a VM, the guest agent, and a container's process in it. Each test ends with
 //! an audit of the node. Run by `cargo xtask test`.
-#![expect(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "tests"
-)]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod bad_input;
 mod cri;

@@ -9,11 +9,15 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use e2e::{BUSYBOX, DEADLINE, Node, RUNTIME};
 use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+/// How often something is done again while waiting for its effect.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// `ctr` on a terminal that the test holds the other end of.
 struct Terminal {
@@ -69,11 +73,22 @@ impl Terminal {
 
     /// Waits until the screen has shown `text`, and forgets what came before it.
     fn expect(&mut self, text: &str) {
+        self.expect_while(text, |_| ());
+    }
+
+    /// The same, doing something again and again meanwhile.
+    fn expect_while(&mut self, text: &str, action: impl Fn(&Self)) {
+        let deadline = Instant::now() + DEADLINE;
         while !self.seen.contains(text) {
-            let bytes = self.screen.recv_timeout(DEADLINE);
-            let bytes =
-                bytes.unwrap_or_else(|_| panic!("{text:?} was not shown, but {:?}", self.seen));
-            self.seen.push_str(&String::from_utf8_lossy(&bytes));
+            assert!(
+                Instant::now() < deadline,
+                "{text:?} was not shown, but {:?}",
+                self.seen
+            );
+            action(self);
+            if let Ok(bytes) = self.screen.recv_timeout(PAUSE) {
+                self.seen.push_str(&String::from_utf8_lossy(&bytes));
+            }
         }
         let end = self.seen.find(text).unwrap() + text.len();
         self.seen.drain(..end);
@@ -101,14 +116,12 @@ impl Terminal {
 #[test]
 fn terminal_has_the_users_size_and_follows_it() {
     let _node = Node::new("terminal_has_the_users_size_and_follows_it");
-    let script = "stty size; trap 'stty size' WINCH; echo ready; read line; read line; echo got-$line; exit 7";
+    let script = "stty size; while [ \"$(stty size)\" = '24 80' ]; do sleep 0.1; done; stty size; \
+                  read line; echo got-$line; exit 7";
     let mut terminal = Terminal::run("terminal", &["sh", "-c", script]);
     terminal.expect("24 80");
-    terminal.expect("ready");
-    terminal.resize(50, 132);
-    // The trap runs when a read ends.
-    terminal.type_line("first");
-    terminal.expect("50 132");
+    // ctr hears of it once it listens, which is after the process has started.
+    terminal.expect_while("50 132", |terminal| terminal.resize(50, 132));
     terminal.type_line("hello");
     terminal.expect("got-hello");
     assert_eq!(terminal.ctr.wait().unwrap().code(), Some(7));
@@ -119,10 +132,13 @@ fn interrupt_key_reaches_the_foreground_process() {
     let _node = Node::new("interrupt_key_reaches_the_foreground_process");
     let mut terminal = Terminal::run(
         "interrupt",
-        &["sh", "-c", "sh -c 'echo up; sleep 1000'; echo code-$?"],
+        &[
+            "sh",
+            "-c",
+            "trap 'exit 9' INT; echo up; while :; do sleep 0.1; done",
+        ],
     );
     terminal.expect("up");
     terminal.keyboard.write_all(&[3]).unwrap();
-    terminal.expect("code-130");
-    terminal.ctr.wait().unwrap();
+    assert_eq!(terminal.ctr.wait().unwrap().code(), Some(9));
 }
