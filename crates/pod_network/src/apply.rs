@@ -11,7 +11,6 @@
 
 use std::fs::File;
 use std::io;
-use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
@@ -52,18 +51,31 @@ const INGRESS: TcHandle = TcHandle {
 const TCA_BPF_OPS_LEN: u16 = 4;
 const TCA_BPF_OPS: u16 = 5;
 
-/// Makes a tap for each interface, and joins them.
+/// Makes a tap for each interface, and joins them. Nothing is left of those that cannot be.
 pub(crate) fn join_all(
     interfaces: Vec<Interface>,
     metadata: Metadata,
 ) -> Result<Vec<TapPlan>, NetError> {
-    let mut socket = RouteSocket::open().map_err(NetError::step("change", "the interfaces"))?;
-    let mut plans = Vec::new();
+    let mut socket = open()?;
+    sweep(&mut socket)?;
+    let mut plans: Vec<TapPlan> = Vec::new();
     for interface in interfaces {
-        let tap = join(&mut socket, &interface, metadata)?;
-        plans.push(TapPlan { tap, interface });
+        match join(&mut socket, &interface, metadata) {
+            Ok(tap) => plans.push(TapPlan { tap, interface }),
+            Err(error) => {
+                // With the taps gone, what is left is what a killed process leaves.
+                drop(plans);
+                // The first error says more than one of cleaning up after it.
+                let _ = sweep(&mut socket);
+                return Err(error);
+            }
+        }
     }
     Ok(plans)
+}
+
+fn open() -> Result<RouteSocket, NetError> {
+    RouteSocket::open().map_err(NetError::step("change", "the interfaces"))
 }
 
 fn join(
@@ -72,11 +84,10 @@ fn join(
     metadata: Metadata,
 ) -> Result<OwnedFd, NetError> {
     let step = |operation| NetError::step(operation, &interface.name);
-    let name = format!("{TAP_PREFIX}{}", interface.index);
+    let name = tap_name(interface.index);
     let tap = make_tap(&name).map_err(step("make a tap for"))?;
     let index = index_of(socket, &name).map_err(step("find the tap of"))?;
-    let addresses: Vec<IpAddr> = interface.addresses.iter().map(|found| found.ip).collect();
-    let program = filter::program(interface.mac, &addresses, metadata);
+    let program = filter::program(interface.mac, &interface.ips(), metadata);
     // The filter first: nothing that comes from the tap ever passes without it.
     for (message, operation) in [
         (ingress(index), "prepare the tap of"),
@@ -89,6 +100,15 @@ fn join(
             .change(message, Change::New)
             .map_err(step(operation))?;
     }
+    // Silent: the namespace's own stack gives the tap no address to speak from. Before it is up, or it has one.
+    match socket.change(
+        RouteNetlinkMessage::SetLink(silent(index)),
+        Change::Existing,
+    ) {
+        // No IPv6 on this node.
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
+        done => done.map_err(step("silence the tap of"))?,
+    }
     socket
         .change(
             RouteNetlinkMessage::SetLink(up(index, interface.mtu)),
@@ -96,6 +116,10 @@ fn join(
         )
         .map_err(step("bring up the tap of"))?;
     Ok(tap)
+}
+
+fn tap_name(index: u32) -> String {
+    format!("{TAP_PREFIX}{index}")
 }
 
 /// Makes a tap that lives as long as the descriptor.
@@ -149,18 +173,21 @@ fn index_of(socket: &mut RouteSocket, name: &str) -> io::Result<u32> {
         .ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
-/// Up, with an MTU, and silent: the namespace's own stack gives the tap no address to speak from.
+fn silent(index: u32) -> LinkMessage {
+    let mut link = LinkMessage::default();
+    link.header.index = index;
+    link.attributes = vec![LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(
+        vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)],
+    )])];
+    link
+}
+
 fn up(index: u32, mtu: u16) -> LinkMessage {
     let mut link = LinkMessage::default();
     link.header.index = index;
     link.header.flags = LinkFlags::Up;
     link.header.change_mask = LinkFlags::Up;
-    link.attributes = vec![
-        LinkAttribute::Mtu(u32::from(mtu)),
-        LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
-            In6AddrGenMode::None,
-        )])]),
-    ];
+    link.attributes = vec![LinkAttribute::Mtu(u32::from(mtu))];
     link
 }
 
@@ -230,32 +257,56 @@ fn redirection(from: u32, to: u32) -> RouteNetlinkMessage {
     filter_on(from, REDIRECTION, TcFilterU32::KIND, options)
 }
 
-/// Takes away our taps, and the qdiscs with our filters.
-pub(crate) fn undo() -> Result<(), NetError> {
-    let step = |operation, name: &str| NetError::step(operation, name);
-    let mut socket = RouteSocket::open().map_err(step("change", "the interfaces"))?;
-    let all = links(&mut socket).map_err(step("read", "the interfaces"))?;
-    for (index, name) in all {
-        if name
-            .strip_prefix(TAP_PREFIX)
-            .is_some_and(|rest| rest.parse::<u32>().is_ok())
-        {
-            let mut link = LinkMessage::default();
-            link.header.index = index;
-            let done = socket.change(RouteNetlinkMessage::DelLink(link), Change::Existing);
-            gone(done).map_err(step("delete the tap", &name))?;
-        } else if is_ours(&mut socket, index).map_err(step("read the filters of", &name))? {
-            let mut message = traffic_control(index, TcHandle::INGRESS, INGRESS);
-            message.attributes = vec![TcAttribute::Kind("ingress".to_owned())];
-            let delete = RouteNetlinkMessage::DelQueueDiscipline(message);
-            let done = socket.change(delete, Change::Existing);
-            gone(done).map_err(step("release", &name))?;
+/// Takes away the taps of these interfaces, and the qdiscs with our filters.
+pub(crate) fn undo(interfaces: &[u32]) -> Result<(), NetError> {
+    let mut socket = open()?;
+    for &index in interfaces {
+        let name = tap_name(index);
+        match index_of(&mut socket, &name) {
+            // A tap goes by itself when its last descriptor is closed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(NetError::step("find the tap", &name)(error)),
+            Ok(tap) => {
+                let mut link = LinkMessage::default();
+                link.header.index = tap;
+                let done = socket.change(RouteNetlinkMessage::DelLink(link), Change::Existing);
+                gone(done).map_err(NetError::step("delete the tap", &name))?;
+            }
+        }
+        release(&mut socket, index, &name)?;
+    }
+    Ok(())
+}
+
+/// Takes away the qdiscs with our filters from interfaces whose taps have gone: they are of a process that was killed.
+pub(crate) fn sweep_all() -> Result<(), NetError> {
+    sweep(&mut open()?)
+}
+
+fn sweep(socket: &mut RouteSocket) -> Result<(), NetError> {
+    let all = links(socket).map_err(NetError::step("read", "the interfaces"))?;
+    let named = |wanted: &str| all.iter().any(|(_, name)| name == wanted);
+    for (index, name) in &all {
+        // A tap's own qdisc goes with it.
+        if !name.starts_with(TAP_PREFIX) && !named(&tap_name(*index)) {
+            release(socket, *index, name)?;
         }
     }
     Ok(())
 }
 
-/// A tap goes by itself when its last descriptor is closed.
+/// Takes our qdisc from an interface.
+fn release(socket: &mut RouteSocket, index: u32, name: &str) -> Result<(), NetError> {
+    if !is_ours(socket, index).map_err(NetError::step("read the filters of", name))? {
+        return Ok(());
+    }
+    let mut message = traffic_control(index, TcHandle::INGRESS, INGRESS);
+    message.attributes = vec![TcAttribute::Kind("ingress".to_owned())];
+    let delete = RouteNetlinkMessage::DelQueueDiscipline(message);
+    gone(socket.change(delete, Change::Existing)).map_err(NetError::step("release", name))
+}
+
+/// That it has gone already is fine.
 fn gone(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error)

@@ -17,6 +17,12 @@ pub enum NetError {
         /// What the host said.
         source: io::Error,
     },
+    /// The namespace is the node's own.
+    #[error(
+        "{} is the node's own network: a pod in a VM cannot have it, remove hostNetwork",
+        .0.display()
+    )]
+    NodeNamespace(PathBuf),
     /// The kernel refused a step.
     #[error(
         "{operation} {interface} in the pod's network namespace{}",
@@ -59,6 +65,7 @@ fn hint(source: &io::Error) -> &'static str {
             " (the node's kernel needs tun, sch_ingress, cls_u32, cls_bpf and act_mirred)"
         }
         Some(libc::EEXIST) => " (something else has put a qdisc there)",
+        Some(libc::EBUSY) => " (another pod's VM is joined to it)",
         _ => "",
     }
 }

@@ -18,10 +18,17 @@ pub struct Interface {
     pub mtu: u16,
     /// Its addresses, link-local ones among them.
     pub addresses: Vec<Address>,
-    /// Routes of the main table that go through it, but for those that its addresses bring about.
+    /// Every route through it, those that the kernel made for its addresses among them.
     pub routes: Vec<Route>,
     /// Its permanent neighbours.
     pub neighbours: Vec<Neighbour>,
+}
+
+impl Interface {
+    /// The addresses without their networks.
+    pub(crate) fn ips(&self) -> Vec<IpAddr> {
+        self.addresses.iter().map(|address| address.ip).collect()
+    }
 }
 
 /// An address and its network.
@@ -48,6 +55,25 @@ pub struct Route {
     pub scope: u8,
     /// The gateway is on the link though no address says so.
     pub onlink: bool,
+    /// The routing table.
+    pub table: u32,
+    /// `RTAX_MTU` of rtnetlink(7), in bytes; 0: the interface's.
+    pub mtu: u32,
+    /// `RTAX_ADVMSS` of rtnetlink(7), in bytes; 0: the kernel's choice.
+    pub advmss: u32,
+}
+
+/// A routing rule: packets from `source` to `destination` are routed by `table`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rule {
+    /// Rules are looked at in this order.
+    pub priority: u32,
+    /// The routing table.
+    pub table: u32,
+    /// Of the rule's family; of length 0 if everybody.
+    pub source: Address,
+    /// Of the rule's family; of length 0 if everybody.
+    pub destination: Address,
 }
 
 /// Who has an address.

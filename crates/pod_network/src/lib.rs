@@ -12,9 +12,11 @@
 //! * The CNI's interface stays where its policies are enforced; its addresses stay on it, and no frame reaches the
 //!   namespace's own network stack any more.
 //! * What a guest sends is filtered between tap and interface, see [`filter`]: a guest cannot spoof.
+//! * Routes, rules and neighbours go along, so that the guest's packets take the way that the CNI has laid out. What cannot
+//!   be carried over is refused by name.
 //! * Work in the namespace is done on a thread of its own, which has entered it and ends with the work.
-//! * [`PodNetwork`] undoes on drop; [`detach`] undoes what a process that was killed has left. Both are idempotent. A tap
-//!   goes with its last descriptor in any case.
+//! * [`PodNetwork`] undoes on drop. A tap goes with its last descriptor in any case, and [`sweep`] takes away what a process
+//!   that was killed has left besides; so does the next [`PodNetwork::attach`].
 
 mod apply;
 mod error;
@@ -22,16 +24,17 @@ mod filter;
 mod interface;
 mod namespace;
 mod read;
+mod read_rules;
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 pub use error::NetError;
-pub use interface::{Address, Interface, Neighbour, Route};
+pub use interface::{Address, Interface, Neighbour, Route, Rule};
 
 /// The most interfaces of a pod.
 pub const MAX_INTERFACES: usize = 8;
-/// The most addresses, routes and neighbours of an interface, each.
+/// The most addresses, routes and neighbours of an interface, and routing rules, each.
 pub const MAX_ENTRIES: usize = 64;
 
 /// Whether a pod may speak to the metadata service of a cloud, which gives out the node's credentials.
@@ -52,44 +55,58 @@ pub struct TapPlan {
     pub interface: Interface,
 }
 
+/// A pod's network for its VM.
+#[derive(Debug)]
+pub struct NetworkPlan {
+    /// One for each interface, in the order of their indexes.
+    pub taps: Vec<TapPlan>,
+    /// Routing rules.
+    pub rules: Vec<Rule>,
+}
+
 /// The network of a pod whose interfaces are joined to taps; undone on drop.
 #[derive(Debug)]
 pub struct PodNetwork {
     namespace: PathBuf,
+    interfaces: Vec<u32>,
 }
 
 impl PodNetwork {
     /// Joins every interface of the namespace at `namespace` that is up, but for loopback, to a tap.
     ///
     /// # Errors
-    /// [`NetError`]; nothing is left behind.
-    pub fn attach(namespace: &Path, metadata: Metadata) -> Result<(Self, Vec<TapPlan>), NetError> {
+    /// [`NetError`]; nothing is left behind. A namespace that another pod's VM is joined to is refused.
+    pub fn attach(namespace: &Path, metadata: Metadata) -> Result<(Self, NetworkPlan), NetError> {
+        let plan = namespace::run_in(namespace, move || {
+            let read::Found { interfaces, rules } = read::all()?;
+            let taps = apply::join_all(interfaces, metadata)?;
+            Ok(NetworkPlan { taps, rules })
+        })?;
         let network = Self {
             namespace: namespace.to_path_buf(),
+            interfaces: plan.taps.iter().map(|tap| tap.interface.index).collect(),
         };
-        // From here on, a failure drops `network`, which undoes.
-        let taps = namespace::run_in(namespace, move || {
-            let interfaces = read::interfaces()?;
-            apply::join_all(interfaces, metadata)
-        })?;
-        Ok((network, taps))
+        Ok((network, plan))
     }
 }
 
 impl Drop for PodNetwork {
     fn drop(&mut self) {
-        // Who deletes the sandbox tries again, and says what is wrong.
-        let _ = detach(&self.namespace);
+        let interfaces = std::mem::take(&mut self.interfaces);
+        if !interfaces.is_empty() && self.namespace.exists() {
+            // The namespace may just have gone, and what was in it. If not, `sweep` tries again, and says what is wrong.
+            let _ = namespace::run_in(&self.namespace, move || apply::undo(&interfaces));
+        }
     }
 }
 
-/// Takes from the namespace whatever [`PodNetwork::attach`] has put there; what or which is not there is no error.
+/// Takes from the namespace what is left of a network whose VM has gone; what or which is not there is no error.
 ///
 /// # Errors
 /// [`NetError`].
-pub fn detach(namespace: &Path) -> Result<(), NetError> {
+pub fn sweep(namespace: &Path) -> Result<(), NetError> {
     if !namespace.exists() {
         return Ok(());
     }
-    namespace::run_in(namespace, apply::undo)
+    namespace::run_in(namespace, apply::sweep_all)
 }

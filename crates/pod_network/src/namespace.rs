@@ -3,15 +3,20 @@
 
 //! Work in another network namespace.
 
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::sched::{CloneFlags, setns};
 
 use crate::NetError;
 
-/// Runs `work` on a thread that is in the namespace at `path`, and waits for it. No other thread changes its namespace.
+/// Where the calling process's own namespace is.
+const OWN: &str = "/proc/thread-self/ns/net";
+
+/// Runs `work` on a thread that is in the namespace at `path`, and waits for it. No other thread changes its namespace. The
+/// caller's own namespace, which is the node's, is refused: whoever names it means hostNetwork.
 pub(crate) fn run_in<T: Send + 'static>(
     path: &Path,
     work: impl FnOnce() -> Result<T, NetError> + Send + 'static,
@@ -21,6 +26,11 @@ pub(crate) fn run_in<T: Send + 'static>(
         source,
     };
     let namespace = File::open(path).map_err(failed)?;
+    let identity = |found: &Metadata| (found.dev(), found.ino());
+    let own = fs::metadata(OWN).map_err(failed)?;
+    if identity(&namespace.metadata().map_err(failed)?) == identity(&own) {
+        return Err(NetError::NodeNamespace(path.to_path_buf()));
+    }
     let thread = std::thread::Builder::new()
         .name("pod-network".to_owned())
         .spawn(move || {

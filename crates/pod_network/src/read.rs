@@ -2,7 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! What the CNI has left in the namespace that the calling thread is in.
+//!
+//! Everything that a packet's way depends on is either read or refused by name: a pod whose routes were half understood
+//! would be reachable for some and not for others.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
@@ -11,15 +15,29 @@ use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteProtocol, RouteType,
 };
+use netlink_packet_route::rule::RuleMessage;
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use route_netlink::RouteSocket;
 
-use crate::{Address, Interface, MAX_ENTRIES, MAX_INTERFACES, Neighbour, NetError, Route};
+use crate::read_rules::rule;
+use crate::{Address, Interface, MAX_ENTRIES, MAX_INTERFACES, Neighbour, NetError, Route, Rule};
 
-/// Every interface that is up, but for loopback, in the order of their indexes.
-pub(crate) fn interfaces() -> Result<Vec<Interface>, NetError> {
+/// The table of the kernel's own routes to its addresses (`RT_TABLE_LOCAL`).
+const LOCAL_TABLE: u32 = 255;
+
+/// What there is.
+#[derive(Debug)]
+pub(crate) struct Found {
+    /// Every interface that is up, but for loopback, in the order of their indexes.
+    pub(crate) interfaces: Vec<Interface>,
+    /// Routing rules, but for the kernel's own.
+    pub(crate) rules: Vec<Rule>,
+}
+
+/// Reads the namespace.
+pub(crate) fn all() -> Result<Found, NetError> {
     let failed = || NetError::step("read", "the interfaces");
     let mut socket = RouteSocket::open().map_err(failed())?;
     let mut dump = |request| socket.dump(request).map_err(failed());
@@ -29,48 +47,62 @@ pub(crate) fn interfaces() -> Result<Vec<Interface>, NetError> {
     let neighbours = dump(RouteNetlinkMessage::GetNeighbour(
         NeighbourMessage::default(),
     ))?;
+    let rules = dump(RouteNetlinkMessage::GetRule(RuleMessage::default()))?;
 
     let mut interfaces = Vec::new();
+    let mut unused = BTreeSet::new();
     for message in links {
-        if let RouteNetlinkMessage::NewLink(link) = message
-            && let Some(interface) = interface(&link)?
-        {
-            interfaces.push(interface);
+        let RouteNetlinkMessage::NewLink(link) = message else {
+            continue;
+        };
+        match interface(&link)? {
+            Link::Used(interface) => interfaces.push(interface),
+            Link::Down => _ = unused.insert(link.header.index),
+            Link::Loopback => {}
         }
     }
     interfaces.sort_by_key(|interface| interface.index);
     check_count(interfaces.len(), "interfaces", MAX_INTERFACES)?;
     for interface in &mut interfaces {
-        interface.addresses = addresses
-            .iter()
-            .filter_map(|message| address(message, interface.index))
-            .collect();
-        check_count(
-            interface.addresses.len(),
-            "addresses on an interface",
-            MAX_ENTRIES,
-        )?;
-        for message in &routes {
-            if let RouteNetlinkMessage::NewRoute(message) = message {
-                interface.routes.extend(route(message, interface)?);
+        let index = interface.index;
+        let of_index = |message| address(message, index);
+        interface.addresses = addresses.iter().filter_map(of_index).collect();
+        let of_index = |message| neighbour(message, index);
+        interface.neighbours = neighbours.iter().filter_map(of_index).collect();
+    }
+    for message in &routes {
+        if let RouteNetlinkMessage::NewRoute(message) = message
+            && let Some((through, route)) = route(message, &unused)?
+        {
+            match interfaces.iter_mut().find(|found| found.index == through) {
+                Some(interface) => interface.routes.push(route),
+                // The guest's kernel has them for its own loopback.
+                None if message.header.protocol == RouteProtocol::Kernel => {}
+                None => return Err(unsupported_route("a route through loopback")),
             }
         }
-        check_count(
-            interface.routes.len(),
-            "routes through an interface",
-            MAX_ENTRIES,
-        )?;
-        interface.neighbours = neighbours
-            .iter()
-            .filter_map(|message| neighbour(message, interface.index))
-            .collect();
-        check_count(
-            interface.neighbours.len(),
-            "permanent neighbours",
-            MAX_ENTRIES,
-        )?;
     }
-    Ok(interfaces)
+    let rules = rules.iter().filter_map(|message| rule(message).transpose());
+    let found = Found {
+        interfaces,
+        rules: rules.collect::<Result<_, _>>()?,
+    };
+    found.check_counts()?;
+    Ok(found)
+}
+
+impl Found {
+    fn check_counts(&self) -> Result<(), NetError> {
+        for interface in &self.interfaces {
+            let addresses = interface.addresses.len();
+            check_count(addresses, "addresses on an interface", MAX_ENTRIES)?;
+            let routes = interface.routes.len();
+            check_count(routes, "routes through an interface", MAX_ENTRIES)?;
+            let neighbours = interface.neighbours.len();
+            check_count(neighbours, "permanent neighbours", MAX_ENTRIES)?;
+        }
+        check_count(self.rules.len(), "routing rules", MAX_ENTRIES)
+    }
 }
 
 fn check_count(count: usize, what: &'static str, most: usize) -> Result<(), NetError> {
@@ -80,11 +112,30 @@ fn check_count(count: usize, what: &'static str, most: usize) -> Result<(), NetE
     Ok(())
 }
 
-/// The interface, without addresses and what else depends on its index; `None` for those that are no part of the pod.
-fn interface(link: &LinkMessage) -> Result<Option<Interface>, NetError> {
+fn unsupported_route(what: &str) -> NetError {
+    NetError::Unsupported {
+        interface: "the pod's network".to_owned(),
+        what: what.to_owned(),
+    }
+}
+
+/// What an interface is to the pod.
+enum Link {
+    /// The interface, without addresses and what else depends on its index.
+    Used(Interface),
+    /// No part of the pod.
+    Down,
+    /// The guest has its own.
+    Loopback,
+}
+
+fn interface(link: &LinkMessage) -> Result<Link, NetError> {
     let flags = link.header.flags;
-    if flags.contains(LinkFlags::Loopback) || !flags.contains(LinkFlags::Up) {
-        return Ok(None);
+    if flags.contains(LinkFlags::Loopback) {
+        return Ok(Link::Loopback);
+    }
+    if !flags.contains(LinkFlags::Up) {
+        return Ok(Link::Down);
     }
     let (mut name, mut mac, mut mtu) = (String::new(), None, 0);
     for attribute in &link.attributes {
@@ -96,15 +147,17 @@ fn interface(link: &LinkMessage) -> Result<Option<Interface>, NetError> {
         }
     }
     match mac {
-        Some(mac) if link.header.link_layer_type == LinkLayerType::Ether => Ok(Some(Interface {
-            index: link.header.index,
-            name,
-            mac,
-            mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
-            addresses: Vec::new(),
-            routes: Vec::new(),
-            neighbours: Vec::new(),
-        })),
+        Some(mac) if link.header.link_layer_type == LinkLayerType::Ether => {
+            Ok(Link::Used(Interface {
+                index: link.header.index,
+                name,
+                mac,
+                mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+                addresses: Vec::new(),
+                routes: Vec::new(),
+                neighbours: Vec::new(),
+            }))
+        }
         _ => Err(NetError::Unsupported {
             interface: name,
             what: "no Ethernet address".to_owned(),
@@ -134,58 +187,81 @@ fn address(message: &RouteNetlinkMessage, index: u32) -> Option<Address> {
     })
 }
 
-fn route(message: &RouteMessage, interface: &Interface) -> Result<Option<Route>, NetError> {
+/// The route, and the index of the interface that it goes through; `None` for those that the kernel keeps by itself, and
+/// for those through interfaces that are no part of the pod.
+fn route(message: &RouteMessage, unused: &BTreeSet<u32>) -> Result<Option<(u32, Route)>, NetError> {
     let header = &message.header;
-    let unsupported = |what: &str| NetError::Unsupported {
-        interface: interface.name.clone(),
-        what: what.to_owned(),
+    let Some(everywhere) = everywhere(header.address_family) else {
+        return Ok(None);
     };
-    let main = u32::from(RouteHeader::RT_TABLE_MAIN);
-    let (mut table, mut through) = (u32::from(header.table), None);
-    let (mut destination, mut gateway, mut source, mut metric) = (None, None, None, 0);
-    let mut spread = false;
+    let mut through = None;
+    let mut route = Route {
+        destination: Address {
+            ip: everywhere,
+            prefix: header.destination_prefix_length,
+        },
+        gateway: None,
+        source: None,
+        metric: 0,
+        scope: header.scope.into(),
+        onlink: header.flags.contains(RouteFlags::Onlink),
+        table: u32::from(header.table),
+        mtu: 0,
+        advmss: 0,
+    };
+    let mut refused = None;
     for attribute in &message.attributes {
         match attribute {
-            RouteAttribute::Table(found) => table = *found,
+            RouteAttribute::Table(found) => route.table = *found,
             RouteAttribute::Oif(found) => through = Some(*found),
-            RouteAttribute::Destination(found) => destination = ip(found),
-            RouteAttribute::Gateway(found) => gateway = ip(found),
-            RouteAttribute::PrefSource(found) => source = ip(found),
-            RouteAttribute::Priority(found) => metric = *found,
-            RouteAttribute::MultiPath(_) | RouteAttribute::Via(_) | RouteAttribute::Encap(_) => {
-                spread = true;
+            RouteAttribute::Destination(found) => {
+                route.destination.ip = ip(found).unwrap_or(everywhere);
             }
+            RouteAttribute::Gateway(found) => route.gateway = ip(found),
+            RouteAttribute::PrefSource(found) => route.source = ip(found),
+            RouteAttribute::Priority(found) => route.metric = *found,
+            RouteAttribute::Metrics(metrics) => {
+                for metric in metrics {
+                    match metric {
+                        RouteMetric::Mtu(found) => route.mtu = *found,
+                        RouteMetric::Advmss(found) => route.advmss = *found,
+                        _ => refused = Some("a route with metrics besides MTU and MSS"),
+                    }
+                }
+            }
+            RouteAttribute::MultiPath(_) => refused = Some("a route over several paths"),
+            RouteAttribute::Via(_) => refused = Some("a route via another family"),
+            RouteAttribute::Encap(_) => refused = Some("a route into a tunnel"),
             _ => {}
         }
     }
-    if table != main || header.protocol == RouteProtocol::Kernel {
+    let through_unused = through.is_some_and(|index| unused.contains(&index));
+    if route.table == LOCAL_TABLE || through_unused {
         return Ok(None);
     }
-    if spread {
-        return Err(unsupported("a route over several paths or a tunnel"));
-    }
-    if through != Some(interface.index) {
+    let own = header.protocol == RouteProtocol::Kernel;
+    if own && header.kind != RouteType::Unicast {
         return Ok(None);
     }
     if header.kind != RouteType::Unicast {
-        return Err(unsupported("a route that is not unicast"));
+        refused = Some("a route that is not unicast");
+    } else if header.tos != 0 || header.source_prefix_length != 0 {
+        refused = Some("a route by type of service or by source");
     }
-    let unspecified = match header.address_family {
-        AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-        _ => return Ok(None),
-    };
-    Ok(Some(Route {
-        destination: Address {
-            ip: destination.unwrap_or(unspecified),
-            prefix: header.destination_prefix_length,
-        },
-        gateway,
-        source,
-        metric,
-        scope: header.scope.into(),
-        onlink: header.flags.contains(RouteFlags::Onlink),
-    }))
+    match (refused, through) {
+        (Some(what), _) => Err(unsupported_route(what)),
+        (None, None) => Err(unsupported_route("a route through no interface")),
+        (None, Some(through)) => Ok(Some((through, route))),
+    }
+}
+
+/// The unspecified address of a family, which stands for all of it.
+pub(crate) fn everywhere(family: AddressFamily) -> Option<IpAddr> {
+    match family {
+        AddressFamily::Inet => Some(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+        AddressFamily::Inet6 => Some(IpAddr::V6(Ipv6Addr::UNSPECIFIED)),
+        _ => None,
+    }
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {
