@@ -11,7 +11,7 @@
 use std::io;
 
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
+    NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader,
     NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::RouteNetlinkMessage;
@@ -25,8 +25,8 @@ pub enum Change {
     Existing,
     /// Makes it; it must not be there.
     New,
-    /// Makes it, or takes its place.
-    Put,
+    /// Makes it beside others like it: routes to one destination through several interfaces.
+    Beside,
 }
 
 /// A socket.
@@ -57,7 +57,7 @@ impl RouteSocket {
         let flags = match change {
             Change::Existing => 0,
             Change::New => NLM_F_CREATE | NLM_F_EXCL,
-            Change::Put => NLM_F_CREATE | NLM_F_REPLACE,
+            Change::Beside => NLM_F_CREATE | NLM_F_APPEND,
         };
         self.exchange(message, NLM_F_ACK | flags).map(drop)
     }
