@@ -105,8 +105,15 @@ impl Drop for PodNetwork {
 /// # Errors
 /// [`NetError`].
 pub fn sweep(namespace: &Path) -> Result<(), NetError> {
-    if !namespace.exists() {
-        return Ok(());
+    match namespace::run_in(namespace, apply::sweep_all) {
+        // Not there, or the file that it was mounted on.
+        Err(NetError::Namespace { source, .. })
+            if matches!(source.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) =>
+        {
+            Ok(())
+        }
+        // Nothing is ever joined to it.
+        Err(NetError::NodeNamespace(_)) => Ok(()),
+        done => done,
     }
-    namespace::run_in(namespace, apply::sweep_all)
 }

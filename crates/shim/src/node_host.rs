@@ -3,8 +3,8 @@
 
 //! The node as a sandbox sees it: bundles and containerd's mounts become a VM and its containers.
 //!
-//! Reads files and calls [`pod_spec`], which decides, and [`pod_storage`], which builds. Whatever these make on the host
-//! is an open file without a name, so a plan has nothing to undo.
+//! Reads files and calls [`pod_spec`], which decides, and [`pod_storage`] and [`pod_network`], which build. What storage
+//! makes on the host is an open file without a name; only a joined network is there to undo.
 
 use std::any::Any;
 use std::fs::File;
@@ -21,6 +21,7 @@ use sandbox::{
     PodPlan, SandboxError, SandboxErrorKind,
 };
 
+use crate::network;
 use crate::serve::PodRequest;
 use crate::start::read_bundle;
 
@@ -89,9 +90,8 @@ impl NodeHost {
 
 impl Host for NodeHost {
     fn plan_pod(&self) -> Result<PodPlan, SandboxError> {
-        let pod = bundle(&self.bundle)?
-            .pod(&self.config.guest)
-            .map_err(spec_error)?;
+        let bundle = bundle(&self.bundle)?;
+        let pod = bundle.pod(&self.config.guest).map_err(spec_error)?;
         let scratch = self.store()?.scratch_disk().map_err(storage_error)?;
         let guest = &self.config.guest;
         let mut configure = api::ConfigureSandboxRequest::new();
@@ -106,13 +106,27 @@ impl Host for NodeHost {
             ..api::Disk::default()
         })
         .into();
+        let kernel = open("guest.kernel", &guest.kernel)?;
+        let initramfs = open("guest.initramfs", &guest.initramfs)?;
+        // Last: whatever fails before has nothing to undo.
+        let metadata = self.config.network.metadata_service;
+        let (networks, guard) = match bundle.network_namespace() {
+            None => (Vec::new(), nothing_to_undo()),
+            Some(namespace) => {
+                let joined = network::join(namespace, metadata)?;
+                configure.interfaces = joined.interfaces;
+                configure.rules = joined.rules;
+                (joined.cards, Box::new(joined.guard) as Box<dyn Any + Send>)
+            }
+        };
         let vm = VmSpec {
             sandbox: self.id.clone(),
             vcpus: pod.size.vcpus,
             memory: pod.size.memory,
-            kernel: open("guest.kernel", &guest.kernel)?,
-            initramfs: open("guest.initramfs", &guest.initramfs)?,
+            kernel,
+            initramfs,
             kernel_arguments: guest.kernel_arguments.clone(),
+            networks,
             disks: vec![scratch],
             cid: GuestCid::DEFAULT,
             host_ports: vec![CONTROL_PORT],
@@ -121,7 +135,7 @@ impl Host for NodeHost {
         Ok(PodPlan {
             vm,
             configure,
-            guard: nothing_to_undo(),
+            guard,
         })
     }
 
