@@ -123,37 +123,10 @@ fn bytes(ip: IpAddr) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
-    use std::os::fd::AsRawFd;
-    use std::path::PathBuf;
-    use std::process::Command;
-
     use agent_core::NetworkPlan;
-    use nix::sched::{CloneFlags, unshare};
+    use network_testbed::{Namespace, is_root};
 
     use super::*;
-
-    /// Runs `work` on a thread in a network namespace of its own, which lasts as long as the file.
-    fn in_new_namespace<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> (T, File) {
-        let thread = std::thread::spawn(|| {
-            unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            let namespace = File::open("/proc/thread-self/ns/net").unwrap();
-            (work(), namespace)
-        });
-        thread.join().unwrap()
-    }
-
-    fn ip(arguments: &str) -> String {
-        let mut ip = Command::new("ip");
-        let output = ip.args(arguments.split_whitespace()).output().unwrap();
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "ip {arguments}: {error}");
-        String::from_utf8_lossy(&output.stdout).into_owned()
-    }
-
-    fn path(namespace: &File) -> PathBuf {
-        format!("/proc/{}/fd/{}", std::process::id(), namespace.as_raw_fd()).into()
-    }
 
     /// What differs between the pod's namespace and the guest without anybody seeing it.
     fn comparable(
@@ -170,50 +143,53 @@ mod tests {
 
     #[test]
     fn guest_has_the_network_that_the_cni_has_made() {
-        if !nix::unistd::geteuid().is_root() {
-            println!("skipped: needs root");
+        if !is_root() {
             return;
         }
-        let ((), pod) = in_new_namespace(|| {
-            ip("link set lo up");
-            for (name, last) in [("eth0", 7), ("net1", 8)] {
-                ip(&format!(
-                    "link add {name} address 02:00:00:00:00:0{last} mtu 1400 type veth peer name {name}p"
-                ));
-                // The other ends would be in the node's namespace; these count as down.
-                ip(&format!("link set {name} up"));
-            }
-            ip("addr add 10.1.2.3/24 dev eth0");
-            ip("-6 addr add fd00:1::3/64 dev eth0 nodad");
+        let pod = Namespace::new();
+        pod.ip("link set lo up");
+        for (name, last) in [("eth0", 7), ("net1", 8)] {
+            // The other ends, which would be in the node's namespace, are down and so no part of the pod.
+            pod.ip(&format!(
+                "link add {name} address 02:00:00:00:00:0{last} mtu 1400 type veth peer name {name}p"
+            ));
+            pod.ip(&format!("link set {name} up"));
+        }
+        for command in [
+            "addr add 10.1.2.3/24 dev eth0",
+            "-6 addr add fd00:1::3/64 dev eth0 nodad",
             // As the plugin ptp does.
-            ip("route del 10.1.2.0/24 dev eth0");
-            ip("route add 10.1.2.1 dev eth0 scope link");
-            ip("route add default via 10.1.2.1 src 10.1.2.3");
-            ip("-6 route add default via fd00:1::1 metric 99");
-            ip("neigh add 10.1.2.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent");
-            ip("addr add 172.16.0.5/32 dev net1");
-            ip("route add 192.168.0.0/16 via 169.254.1.1 dev net1 onlink table 100 mtu 1300");
-            ip("rule add from 172.16.0.5 lookup 100 priority 500");
-        });
-        let joined = join(&path(&pod), MetadataService::Denied).unwrap();
+            "route del 10.1.2.0/24 dev eth0",
+            "route add 10.1.2.1 dev eth0 scope link",
+            "route add default via 10.1.2.1 src 10.1.2.3",
+            "-6 route add default via fd00:1::1 metric 99",
+            "neigh add 10.1.2.1 lladdr 02:00:00:00:00:01 dev eth0 nud permanent",
+            "addr add 172.16.0.5/32 dev net1",
+            "route add 192.168.0.0/16 via 169.254.1.1 dev net1 onlink table 100 mtu 1300",
+            "rule add from 172.16.0.5 lookup 100 priority 500",
+        ] {
+            pod.ip(command);
+        }
+        let joined = join(&pod.path(), MetadataService::Denied).unwrap();
         assert_eq!(joined.cards.len(), 2);
         assert_eq!((joined.cards[0].mac[5], joined.cards[0].mtu), (7, 1400));
         let wanted = comparable(joined);
 
+        let guest = Namespace::new();
+        guest.ip("link set lo up");
+        // The cards, in another order and with the kernel's names.
+        for (name, last) in [("eth0", 8), ("eth1", 7)] {
+            guest.ip(&format!(
+                "link add {name} address 02:00:00:00:00:0{last} type veth peer name {name}p"
+            ));
+        }
         let (interfaces, rules) = wanted.clone();
-        let ((), guest) = in_new_namespace(move || {
-            ip("link set lo up");
-            // The cards, in another order and with the kernel's names.
-            for (name, last) in [("eth0", 8), ("eth1", 7)] {
-                ip(&format!(
-                    "link add {name} address 02:00:00:00:00:0{last} type veth peer name {name}p"
-                ));
-            }
+        guest.inside(move || {
             let plan = NetworkPlan::parse(interfaces, rules).unwrap();
             agent_core::linux::network::configure(&plan).unwrap();
         });
         // Found by the same code in the guest's namespace as in the pod's; there the cards came in another order.
-        let mut found = comparable(join(&path(&guest), MetadataService::Denied).unwrap());
+        let mut found = comparable(join(&guest.path(), MetadataService::Denied).unwrap());
         found.0.sort_by_key(|interface| interface.mac.clone());
         assert_eq!(found, wanted);
     }

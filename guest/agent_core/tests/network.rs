@@ -5,34 +5,9 @@
 //! without it the test says so and passes.
 #![expect(clippy::unwrap_used, reason = "test")]
 
-use std::process::Command;
-
 use agent_core::linux::network::configure;
 use agent_core::{CardPlan, Error, NetworkPlan, Prefix, RoutePlan, RulePlan};
-use nix::sched::{CloneFlags, unshare};
-
-/// Runs `work` in a network namespace of its own; `None` without root.
-fn in_new_namespace<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    if !rustix::process::geteuid().is_root() {
-        println!("skipped: needs root");
-        return None;
-    }
-    let thread = std::thread::spawn(|| {
-        unshare(CloneFlags::CLONE_NEWNET).unwrap();
-        work()
-    });
-    Some(thread.join().unwrap())
-}
-
-fn ip(arguments: &str) -> String {
-    let output = Command::new("ip")
-        .args(arguments.split_whitespace())
-        .output()
-        .unwrap();
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "ip {arguments}: {error}");
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
+use network_testbed::{Namespace, is_root};
 
 fn prefix(text: &str) -> Prefix {
     let (address, length) = text.split_once('/').unwrap();
@@ -74,60 +49,60 @@ fn card(name: &str, last: u8) -> CardPlan {
 
 #[test]
 fn cards_get_all_that_the_plan_says_and_nothing_else() {
-    let Some(seen) = in_new_namespace(|| {
-        // The kernel's names are the wrong way round.
-        ip("link add eth0 address 02:00:00:00:00:02 type veth peer name peer0");
-        ip("link add eth1 address 02:00:00:00:00:01 type veth peer name peer1");
-        ip("link set peer0 up");
-        ip("link set peer1 up");
-        let mut eth0 = card("eth0", 1);
-        eth0.addresses
-            .extend([prefix("10.1.2.3/24"), prefix("fd00::3/64")]);
-        eth0.neighbours = vec![("10.1.2.9".parse().unwrap(), [2, 0, 0, 0, 0, 9])];
-        eth0.routes.extend([
-            // Before the route to its gateway.
-            route("0.0.0.0/0", Some("10.1.2.1")),
-            route("10.1.2.1/32", None),
-            RoutePlan {
-                metric: 7,
-                mtu: 1300,
-                advmss: 1200,
-                source: Some("10.1.2.3".parse().unwrap()),
-                ..route("10.9.0.0/16", Some("10.1.2.1"))
-            },
-            route("::/0", Some("fe80::99")),
-        ]);
-        let mut net1 = card("net1", 2);
-        net1.addresses.push(prefix("172.16.0.5/32"));
-        net1.routes.push(RoutePlan {
-            onlink: true,
-            table: 1000,
-            ..route("192.168.0.0/16", Some("169.254.1.1"))
-        });
-        let plan = NetworkPlan {
-            cards: vec![eth0, net1],
-            rules: vec![RulePlan {
-                priority: 500,
-                table: 1000,
-                source: prefix("172.16.0.5/32"),
-                destination: prefix("0.0.0.0/0"),
-            }],
-        };
-        configure(&plan).unwrap();
-        [
-            "-br link show type veth",
-            "-o addr show dev eth0",
-            "-o addr show dev net1",
-            "route show",
-            "-6 route show",
-            "route show table 1000",
-            "rule show",
-            "neigh show nud permanent",
-        ]
-        .map(ip)
-    }) else {
+    if !is_root() {
         return;
+    }
+    let guest = Namespace::new();
+    // The kernel's names are the wrong way round.
+    guest.ip("link add eth0 address 02:00:00:00:00:02 type veth peer name peer0");
+    guest.ip("link add eth1 address 02:00:00:00:00:01 type veth peer name peer1");
+    guest.ip("link set peer0 up");
+    guest.ip("link set peer1 up");
+    let mut eth0 = card("eth0", 1);
+    eth0.addresses
+        .extend([prefix("10.1.2.3/24"), prefix("fd00::3/64")]);
+    eth0.neighbours = vec![("10.1.2.9".parse().unwrap(), [2, 0, 0, 0, 0, 9])];
+    eth0.routes.extend([
+        // Before the route to its gateway.
+        route("0.0.0.0/0", Some("10.1.2.1")),
+        route("10.1.2.1/32", None),
+        RoutePlan {
+            metric: 7,
+            mtu: 1300,
+            advmss: 1200,
+            source: Some("10.1.2.3".parse().unwrap()),
+            ..route("10.9.0.0/16", Some("10.1.2.1"))
+        },
+        route("::/0", Some("fe80::99")),
+    ]);
+    let mut net1 = card("net1", 2);
+    net1.addresses.push(prefix("172.16.0.5/32"));
+    net1.routes.push(RoutePlan {
+        onlink: true,
+        table: 1000,
+        ..route("192.168.0.0/16", Some("169.254.1.1"))
+    });
+    let plan = NetworkPlan {
+        cards: vec![eth0, net1],
+        rules: vec![RulePlan {
+            priority: 500,
+            table: 1000,
+            source: prefix("172.16.0.5/32"),
+            destination: prefix("0.0.0.0/0"),
+        }],
     };
+    guest.inside(move || configure(&plan).unwrap());
+    let seen = [
+        "-br link show type veth",
+        "-o addr show dev eth0",
+        "-o addr show dev net1",
+        "route show",
+        "-6 route show",
+        "route show table 1000",
+        "rule show",
+        "neigh show nud permanent",
+    ]
+    .map(|arguments| guest.ip(arguments));
     let [links, eth0, net1, routes, routes6, table, rules, neighbours] = seen;
     let mac_of = |name: &str| {
         let line = links.lines().find(|line| line.starts_with(name)).unwrap();
@@ -174,15 +149,14 @@ fn cards_get_all_that_the_plan_says_and_nothing_else() {
 
 #[test]
 fn card_that_is_not_there_is_named() {
-    let Some(error) = in_new_namespace(|| {
-        configure(&NetworkPlan {
-            cards: vec![card("eth0", 1)],
-            rules: Vec::new(),
-        })
-        .unwrap_err()
-    }) else {
+    if !is_root() {
         return;
+    }
+    let plan = NetworkPlan {
+        cards: vec![card("eth0", 1)],
+        rules: Vec::new(),
     };
+    let error = Namespace::new().inside(move || configure(&plan).unwrap_err());
     assert!(
         matches!(&error, Error::NoCard(name) if name == "eth0"),
         "{error}"

@@ -6,7 +6,6 @@
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod frames;
-mod namespace;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -15,11 +14,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
+use network_testbed::{Namespace, is_root};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pod_network::{Address, Metadata, Neighbour, NetError, PodNetwork, Route, Rule, sweep};
 
 use frames::{Packet, arp_request, checksum_left_to_the_host, whole};
-use namespace::{Namespace, is_root};
 
 const POD_MAC: &str = "02:00:00:00:00:07";
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
