@@ -4,6 +4,8 @@
 //! A jailed VMM whose guest asks for its neighbour's MAC address over a pod's network and waits for the answer. Needs root
 //! and `/dev/kvm`; the guest is a driver of a few stores, which runs on any KVM.
 
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+
 mod common;
 
 use std::sync::mpsc::{self, RecvTimeoutError};
