@@ -11,7 +11,7 @@
 //!
 //! * The CNI's interface stays where its policies are enforced; its addresses stay on it, and no frame reaches the
 //!   namespace's own network stack any more.
-//! * What a guest sends is filtered between tap and interface, see [`filter`]: a guest cannot spoof.
+//! * What a guest sends is filtered between tap and interface, see `filter.rs`: a guest cannot spoof.
 //! * Routes, rules and neighbours go along, so that the guest's packets take the way that the CNI has laid out. What cannot
 //!   be carried over is refused by name.
 //! * Work in the namespace is done on a thread of its own, which has entered it and ends with the work.
