@@ -9,7 +9,7 @@ mod frames;
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use network_testbed::{Namespace, is_root};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pod_network::{Address, Metadata, Neighbour, NetError, PodNetwork, Route, Rule, sweep};
 
-use frames::{Packet, arp_request, checksum_left_to_the_host, whole};
+use frames::{ACK, Packet, SYN, Segment, arp_request, checksum_left_to_the_host, tcp, whole};
 
 const POD_MAC: &str = "02:00:00:00:00:07";
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
@@ -63,6 +63,13 @@ fn attach(pod: &Namespace) -> (PodNetwork, pod_network::NetworkPlan) {
     PodNetwork::attach(&pod.path(), Metadata::Denied).unwrap()
 }
 
+/// Waits until something can be read from `from`.
+fn await_input(from: &impl AsFd) {
+    let limit = PollTimeout::try_from(DEADLINE).unwrap();
+    let mut fds = [PollFd::new(from.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut fds, limit).unwrap(), 1, "nothing in time");
+}
+
 /// The guest's end of a tap.
 struct Guest(File);
 
@@ -79,10 +86,8 @@ impl Guest {
 
     /// The next frame that `wanted` wants, with its header.
     fn receive(&mut self, wanted: impl Fn(&[u8]) -> bool) -> Vec<u8> {
-        let limit = PollTimeout::try_from(DEADLINE).unwrap();
         loop {
-            let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-            assert_eq!(poll(&mut fds, limit).unwrap(), 1, "no frame in time");
+            await_input(&self.0);
             let mut bytes = vec![0; 1 << 17];
             let len = self.0.read(&mut bytes).unwrap();
             bytes.truncate(len);
@@ -346,6 +351,49 @@ fn datagrams_pass_both_ways_with_the_checksum_left_to_the_host() {
     server.send_to(b"again", from).unwrap();
     guest.receive(|frame| frame.ends_with(b"again"));
     assert_eq!(server.take_error().unwrap().map(|error| error.kind()), None);
+}
+
+#[test]
+fn large_segment_of_a_guest_is_cut_by_the_host_and_arrives_whole() {
+    const ISN: u32 = 1000;
+    if !is_root() {
+        return;
+    }
+    let (pod, neighbour) = pair();
+    let listener = neighbour.inside(|| TcpListener::bind("10.1.2.1:7000").unwrap());
+    let (_network, plan) = attach(&pod);
+    let mut guest = Guest::new(plan.taps.into_iter().next().unwrap().tap);
+    let packet = Packet {
+        macs: (MAC, NEIGHBOUR_MAC),
+        from: (POD, 5000),
+        to: (NEIGHBOUR, 7000),
+    };
+    let mut segment = Segment {
+        sequence: ISN,
+        acknowledged: 0,
+        flags: SYN,
+    };
+    guest.send(&tcp(&packet, segment, &[], 0));
+    guest.receive(|frame| frame[12..14] == [8, 6]); // who has the pod's address?
+    guest.send(&whole(&arp_request(MAC, POD, NEIGHBOUR))); // which tells where it is
+    let is_accepted = |frame: &[u8]| frame[12..14] == [8, 0] && frame[14 + 20 + 13] == SYN | ACK;
+    let accepted = guest.receive(is_accepted);
+    let at = HEADER + 14 + 20 + 4;
+    let theirs = u32::from_be_bytes(accepted[at..at + 4].try_into().unwrap());
+    segment = Segment {
+        sequence: ISN + 1,
+        acknowledged: theirs.wrapping_add(1),
+        flags: ACK,
+    };
+    let sent: Vec<u8> = (0..40_000u32).map(|i| i.to_le_bytes()[1] ^ 0x5a).collect();
+    // Larger than any MTU on the way, 1400.
+    guest.send(&tcp(&packet, segment, &sent, 1360));
+    await_input(&listener);
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    let mut received = vec![0; sent.len()];
+    stream.read_exact(&mut received).unwrap();
+    assert!(received == sent, "what arrives is what was sent");
 }
 
 #[test]
