@@ -162,3 +162,25 @@ fn card_that_is_not_there_is_named() {
         "{error}"
     );
 }
+
+#[test]
+fn card_too_small_for_ipv6_speaks_ipv4() {
+    if !is_root() {
+        return;
+    }
+    let guest = Namespace::new();
+    guest.ip("link add eth0 mtu 1000 address 02:00:00:00:00:01 type veth peer name peer0");
+    let plan = NetworkPlan {
+        cards: vec![CardPlan {
+            mtu: 1000,
+            addresses: vec![prefix("10.1.2.3/24")],
+            routes: Vec::new(),
+            ..card("eth0", 1)
+        }],
+        rules: Vec::new(),
+    };
+    guest.inside(move || configure(&plan).unwrap());
+    let addresses = guest.ip("-o addr show dev eth0");
+    assert!(addresses.contains("10.1.2.3/24"), "{addresses}");
+    assert!(!addresses.contains("inet6"), "{addresses}");
+}

@@ -52,7 +52,12 @@ pub fn configure(plan: &NetworkPlan) -> Result<(), Error> {
     }
     for (index, card) in &cards {
         network.set(*index, card, LinkAttribute::IfName(card.name.clone()))?;
-        network.set(*index, card, no_link_local())?;
+        match network.set(*index, card, no_link_local()) {
+            // A card whose MTU is too small for IPv6 (RFC 8200 §5) does not speak it.
+            Err(Error::Step { source, .. })
+                if source.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
+            done => done?,
+        }
         network.set(*index, card, LinkAttribute::Mtu(card.mtu))?;
         for address in &card.addresses {
             network.add(address_message(*index, *address), || {
