@@ -25,9 +25,10 @@ use netlink_packet_route::tc::{
     TcFilterU32Option, TcHandle, TcMessage, TcMirror, TcMirrorActionType, TcOption, TcU32Key,
     TcU32Selector, TcU32SelectorFlags,
 };
-use route_netlink::{Change, RouteSocket};
+use route_netlink::Change;
 
 use crate::filter::{self, Instruction};
+use crate::netlink::RouteSocket;
 use crate::{Interface, Metadata, NetError, TapPlan};
 
 /// What the names of our taps begin with; the interface's index follows.

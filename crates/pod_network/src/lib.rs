@@ -23,6 +23,7 @@ mod error;
 mod filter;
 mod interface;
 mod namespace;
+mod netlink;
 mod read;
 mod read_rules;
 

@@ -19,8 +19,8 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::rule::RuleMessage;
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use route_netlink::RouteSocket;
 
+use crate::netlink::RouteSocket;
 use crate::read_rules::rule;
 use crate::{Address, Interface, MAX_ENTRIES, MAX_INTERFACES, Neighbour, NetError, Route, Rule};
 

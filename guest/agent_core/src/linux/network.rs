@@ -9,24 +9,65 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
-use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkMessage,
-};
-use netlink_packet_route::neighbour::{
-    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
-};
-use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
-    RouteProtocol, RouteType,
-};
-use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
-use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use route_netlink::{Change, RouteSocket};
+use route_netlink::{Attributes, Change, Message, RouteSocket, attributes};
 
 use crate::Error;
 use crate::error::Context as _;
 use crate::network::{CardPlan, NetworkPlan, Prefix, RoutePlan, RulePlan};
+
+// `RTM_*` (Linux `include/uapi/linux/rtnetlink.h`); so are the structures at the beginnings of messages, in the functions
+// below, where the kernel's header says nothing else.
+const RTM_GETLINK: u16 = 18;
+const RTM_SETLINK: u16 = 19;
+const RTM_NEWADDR: u16 = 20;
+const RTM_NEWROUTE: u16 = 24;
+const RTM_NEWNEIGH: u16 = 28;
+const RTM_NEWRULE: u16 = 32;
+/// Bytes of `struct ifinfomsg`.
+const IFINFOMSG: usize = 16;
+// `if_link.h`.
+const IFLA_ADDRESS: u16 = 1;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFLA_AF_SPEC: u16 = 26;
+const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
+const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
+// `if_addr.h`.
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+const IFA_BROADCAST: u16 = 4;
+const IFA_FLAGS: u16 = 8;
+const IFA_F_NODAD: u32 = 2;
+const IFA_F_NOPREFIXROUTE: u32 = 0x200;
+// `rtnetlink.h`.
+const RTA_DST: u16 = 1;
+const RTA_OIF: u16 = 4;
+const RTA_GATEWAY: u16 = 5;
+const RTA_PRIORITY: u16 = 6;
+const RTA_PREFSRC: u16 = 7;
+const RTA_METRICS: u16 = 8;
+const RTA_TABLE: u16 = 15;
+const RTAX_MTU: u16 = 2;
+const RTAX_ADVMSS: u16 = 8;
+const RTPROT_STATIC: u8 = 4;
+const RT_SCOPE_UNIVERSE: u8 = 0;
+const RT_SCOPE_LINK: u8 = 253;
+const RTN_UNICAST: u8 = 1;
+const RTNH_F_ONLINK: u32 = 4;
+// `neighbour.h`.
+const NDA_DST: u16 = 1;
+const NDA_LLADDR: u16 = 2;
+const NUD_PERMANENT: u16 = 0x80;
+// `fib_rules.h`.
+const FRA_DST: u16 = 1;
+const FRA_SRC: u16 = 2;
+const FRA_PRIORITY: u16 = 6;
+const FRA_TABLE: u16 = 15;
+const FR_ACT_TO_TBL: u8 = 1;
+// `socket.h` and `if.h`.
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+const IFF_UP: u32 = 1;
 
 /// Before every card has its name, none has another's.
 const INTERIM_PREFIX: &str = "coffer";
@@ -44,33 +85,30 @@ pub fn configure(plan: &NetworkPlan) -> Result<(), Error> {
     };
     let cards = network.find(&plan.cards)?;
     for (index, card) in &cards {
-        network.set(
-            *index,
-            card,
-            LinkAttribute::IfName(format!("{INTERIM_PREFIX}{index}")),
-        )?;
+        network.rename(*index, card, &format!("{INTERIM_PREFIX}{index}"))?;
     }
     for (index, card) in &cards {
-        network.set(*index, card, LinkAttribute::IfName(card.name.clone()))?;
-        match network.set(*index, card, no_link_local()) {
+        network.rename(*index, card, &card.name)?;
+        match network.set(*index, card, 0, no_link_local()) {
             // A card whose MTU is too small for IPv6 (RFC 8200 §5) does not speak it.
             Err(Error::Step { source, .. })
                 if source.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
             done => done?,
         }
-        network.set(*index, card, LinkAttribute::Mtu(card.mtu))?;
+        let mtu = Attributes::default().with(IFLA_MTU, &card.mtu.to_ne_bytes());
+        network.set(*index, card, 0, mtu)?;
         for address in &card.addresses {
-            network.add(address_message(*index, *address), || {
+            network.add(&address_message(*index, *address), || {
                 format!("giving {} the address {}", card.name, address.ip)
             })?;
         }
-        network.up(*index, card)?;
+        network.set(*index, card, IFF_UP, Attributes::default())?;
     }
     for through_gateway in [false, true] {
         for (index, card) in &cards {
             let routes = card.routes.iter();
             for route in routes.filter(|route| route.gateway.is_some() == through_gateway) {
-                network.add(route_message(*index, route), || {
+                network.add(&route_message(*index, route), || {
                     let Prefix { ip, length } = route.destination;
                     format!("routing {ip}/{length} through {}", card.name)
                 })?;
@@ -79,13 +117,13 @@ pub fn configure(plan: &NetworkPlan) -> Result<(), Error> {
     }
     for (index, card) in &cards {
         for (ip, mac) in &card.neighbours {
-            network.add(neighbour_message(*index, *ip, *mac), || {
+            network.add(&neighbour_message(*index, *ip, *mac), || {
                 format!("making {ip} a neighbour of {}", card.name)
             })?;
         }
     }
     for rule in &plan.rules {
-        network.add(rule_message(rule), || {
+        network.add(&rule_message(rule), || {
             format!("adding the routing rule of priority {}", rule.priority)
         })?;
     }
@@ -99,26 +137,15 @@ struct Network {
 impl Network {
     /// The index of each card.
     fn find<'a>(&mut self, cards: &'a [CardPlan]) -> Result<Vec<(u32, &'a CardPlan)>, Error> {
+        let question = Message {
+            kind: RTM_GETLINK,
+            body: vec![0; IFINFOMSG],
+        };
         let answers = self
             .socket
-            .dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))
+            .dump(&question)
             .step(|| "listing the network cards".to_owned())?;
-        let mut links: Vec<(u32, Vec<u8>)> = answers
-            .into_iter()
-            .filter_map(|message| match message {
-                RouteNetlinkMessage::NewLink(link) => {
-                    let mac = link.attributes.into_iter().find_map(|attribute| {
-                        if let LinkAttribute::Address(mac) = attribute {
-                            Some(mac)
-                        } else {
-                            None
-                        }
-                    });
-                    Some((link.header.index, mac?))
-                }
-                _ => None,
-            })
-            .collect();
+        let mut links: Vec<(u32, Vec<u8>)> = answers.iter().filter_map(index_and_mac).collect();
         links.sort_unstable();
         let mut found = Vec::new();
         for card in cards {
@@ -131,149 +158,177 @@ impl Network {
         Ok(found)
     }
 
-    fn add(
-        &mut self,
-        message: RouteNetlinkMessage,
-        step: impl FnOnce() -> String,
-    ) -> Result<(), Error> {
+    fn add(&mut self, message: &Message, step: impl FnOnce() -> String) -> Result<(), Error> {
         // Each card has a route to the link-local addresses, which are all the same.
-        let change = match message {
-            RouteNetlinkMessage::NewRoute(_) => Change::Beside,
+        let change = match message.kind {
+            RTM_NEWROUTE => Change::Beside,
             _ => Change::New,
         };
         self.socket.change(message, change).step(step)
     }
 
-    fn set(&mut self, index: u32, card: &CardPlan, to: LinkAttribute) -> Result<(), Error> {
-        let mut link = LinkMessage::default();
-        link.header.index = index;
-        link.attributes = vec![to];
+    fn rename(&mut self, index: u32, card: &CardPlan, name: &str) -> Result<(), Error> {
+        let name = [name.as_bytes(), &[0]].concat();
+        let attributes = Attributes::default().with(IFLA_IFNAME, &name);
+        self.set(index, card, 0, attributes)
+    }
+
+    /// Sets flags and attributes of a card.
+    fn set(
+        &mut self,
+        index: u32,
+        card: &CardPlan,
+        flags: u32,
+        attributes: Attributes,
+    ) -> Result<(), Error> {
+        // struct ifinfomsg: family, padding, type, index, flags, which flags to change
+        let mut body = vec![0; 4];
+        for word in [index, flags, flags] {
+            body.extend(word.to_ne_bytes());
+        }
+        body.extend(attributes.into_bytes());
+        let message = Message {
+            kind: RTM_SETLINK,
+            body,
+        };
         self.socket
-            .change(RouteNetlinkMessage::SetLink(link), Change::Existing)
+            .change(&message, Change::Existing)
             .step(|| format!("setting up the network card {}", card.name))
     }
-
-    fn up(&mut self, index: u32, card: &CardPlan) -> Result<(), Error> {
-        let mut link = LinkMessage::default();
-        link.header.index = index;
-        link.header.flags = LinkFlags::Up;
-        link.header.change_mask = LinkFlags::Up;
-        self.socket
-            .change(RouteNetlinkMessage::SetLink(link), Change::Existing)
-            .step(|| format!("bringing up the network card {}", card.name))
-    }
 }
 
-fn no_link_local() -> LinkAttribute {
-    LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
-        In6AddrGenMode::None,
-    )])])
+/// What a link's message says of it.
+fn index_and_mac(link: &Message) -> Option<(u32, Vec<u8>)> {
+    let (structure, rest) = link.body.split_at_checked(IFINFOMSG)?;
+    let index = structure.get(4..8)?.first_chunk().copied()?;
+    let (_, mac) = attributes(rest).find(|(kind, _)| *kind == IFLA_ADDRESS)?;
+    Some((u32::from_ne_bytes(index), mac.to_vec()))
 }
 
-fn family(ip: IpAddr) -> AddressFamily {
+fn no_link_local() -> Attributes {
+    let mode = Attributes::default().with(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]);
+    let families = Attributes::default().nested(AF_INET6.into(), &mode);
+    Attributes::default().nested(IFLA_AF_SPEC, &families)
+}
+
+fn family(ip: IpAddr) -> u8 {
     match ip {
-        IpAddr::V4(_) => AddressFamily::Inet,
-        IpAddr::V6(_) => AddressFamily::Inet6,
+        IpAddr::V4(_) => AF_INET,
+        IpAddr::V6(_) => AF_INET6,
     }
 }
 
-fn address_message(index: u32, address: Prefix) -> RouteNetlinkMessage {
+fn bytes(ip: IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    }
+}
+
+/// A table's number for the structures that have a byte for it; 0 (unspecified) if it does not fit.
+fn small_table(table: u32) -> u8 {
+    u8::try_from(table).unwrap_or(0)
+}
+
+fn address_message(index: u32, address: Prefix) -> Message {
     let Prefix { ip, length } = address;
-    let mut message = AddressMessage::default();
-    message.header.family = family(ip);
-    message.header.prefix_len = length;
-    message.header.index = index;
     let link_local = match ip {
         IpAddr::V4(ip) => ip.is_link_local(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
     };
-    if link_local {
-        message.header.scope = AddressScope::Link;
-    }
-    message.attributes = vec![
-        AddressAttribute::Local(ip),
-        AddressAttribute::Address(ip),
-        AddressAttribute::Flags(AddressFlags::Noprefixroute | AddressFlags::Nodad),
-    ];
-    if let IpAddr::V4(ip) = ip
-        && let Some(host) = u32::MAX.checked_shr(length.into())
-        && length < 31
-    {
-        let broadcast = Ipv4Addr::from_bits(ip.to_bits() | host);
-        message
-            .attributes
-            .push(AddressAttribute::Broadcast(broadcast));
-    }
-    RouteNetlinkMessage::NewAddress(message)
-}
-
-fn route_message(index: u32, route: &RoutePlan) -> RouteNetlinkMessage {
-    let Prefix { ip, length } = route.destination;
-    let mut message = RouteMessage::default();
-    message.header.address_family = family(ip);
-    message.header.destination_prefix_length = length;
-    message.header.protocol = RouteProtocol::Static;
-    message.header.kind = RouteType::Unicast;
-    message.header.scope = route.scope.into();
-    message.header.table = u8::try_from(route.table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC);
-    if route.onlink {
-        message.header.flags = RouteFlags::Onlink;
-    }
-    let mut attributes = vec![
-        RouteAttribute::Oif(index),
-        RouteAttribute::Table(route.table),
-    ];
-    if length > 0 {
-        attributes.push(RouteAttribute::Destination(RouteAddress::from(ip)));
-    }
-    attributes.extend(route.gateway.map(|ip| RouteAttribute::Gateway(ip.into())));
-    attributes.extend(route.source.map(|ip| RouteAttribute::PrefSource(ip.into())));
-    if route.metric > 0 {
-        attributes.push(RouteAttribute::Priority(route.metric));
-    }
-    let mtu = (route.mtu > 0).then_some(RouteMetric::Mtu(route.mtu));
-    let advmss = (route.advmss > 0).then_some(RouteMetric::Advmss(route.advmss));
-    let metrics: Vec<RouteMetric> = mtu.into_iter().chain(advmss).collect();
-    if !metrics.is_empty() {
-        attributes.push(RouteAttribute::Metrics(metrics));
-    }
-    message.attributes = attributes;
-    RouteNetlinkMessage::NewRoute(message)
-}
-
-fn neighbour_message(index: u32, ip: IpAddr, mac: [u8; 6]) -> RouteNetlinkMessage {
-    let mut message = NeighbourMessage::default();
-    message.header.family = family(ip);
-    message.header.ifindex = index;
-    message.header.state = NeighbourState::Permanent;
-    let address = match ip {
-        IpAddr::V4(ip) => NeighbourAddress::Inet(ip),
-        IpAddr::V6(ip) => NeighbourAddress::Inet6(ip),
+    let scope = if link_local {
+        RT_SCOPE_LINK
+    } else {
+        RT_SCOPE_UNIVERSE
     };
-    message.attributes = vec![
-        NeighbourAttribute::Destination(address),
-        NeighbourAttribute::LinkLayerAddress(mac.to_vec()),
-    ];
-    RouteNetlinkMessage::NewNeighbour(message)
+    // struct ifaddrmsg: family, length, flags, scope, index
+    let mut structure = vec![family(ip), length, 0, scope];
+    structure.extend(index.to_ne_bytes());
+    let flags = IFA_F_NODAD | IFA_F_NOPREFIXROUTE;
+    let mut attributes = Attributes::behind(&structure)
+        .with(IFA_LOCAL, &bytes(ip))
+        .with(IFA_ADDRESS, &bytes(ip))
+        .with(IFA_FLAGS, &flags.to_ne_bytes());
+    // Networks of one or two addresses have no broadcast address (RFC 3021).
+    if let IpAddr::V4(ip) = ip
+        && length < 31
+        && let Some(hosts) = u32::MAX.checked_shr(length.into())
+    {
+        let broadcast = Ipv4Addr::from_bits(ip.to_bits() | hosts);
+        attributes = attributes.with(IFA_BROADCAST, &broadcast.octets());
+    }
+    Message {
+        kind: RTM_NEWADDR,
+        body: attributes.into_bytes(),
+    }
 }
 
-fn rule_message(rule: &RulePlan) -> RouteNetlinkMessage {
-    let mut message = RuleMessage::default();
-    message.header.family = family(rule.source.ip);
-    message.header.action = RuleAction::ToTable;
-    message.header.table = u8::try_from(rule.table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC);
-    message.header.src_len = rule.source.length;
-    message.header.dst_len = rule.destination.length;
-    let mut attributes = vec![
-        RuleAttribute::Priority(rule.priority),
-        RuleAttribute::Table(rule.table),
-    ];
-    if rule.source.length > 0 {
-        attributes.push(RuleAttribute::Source(rule.source.ip));
+fn route_message(index: u32, route: &RoutePlan) -> Message {
+    let Prefix { ip, length } = route.destination;
+    let flags = if route.onlink { RTNH_F_ONLINK } else { 0 };
+    // struct rtmsg: family, length of the destination, of the source, type of service, table, protocol, scope, type, flags
+    let mut structure = vec![family(ip), length, 0, 0, small_table(route.table)];
+    structure.extend([RTPROT_STATIC, route.scope, RTN_UNICAST]);
+    structure.extend(flags.to_ne_bytes());
+    let mut attributes = Attributes::behind(&structure)
+        .with(RTA_OIF, &index.to_ne_bytes())
+        .with(RTA_TABLE, &route.table.to_ne_bytes());
+    if length > 0 {
+        attributes = attributes.with(RTA_DST, &bytes(ip));
     }
-    if rule.destination.length > 0 {
-        attributes.push(RuleAttribute::Destination(rule.destination.ip));
+    for (kind, ip) in [(RTA_GATEWAY, route.gateway), (RTA_PREFSRC, route.source)] {
+        if let Some(ip) = ip {
+            attributes = attributes.with(kind, &bytes(ip));
+        }
     }
-    message.attributes = attributes;
-    RouteNetlinkMessage::NewRule(message)
+    if route.metric > 0 {
+        attributes = attributes.with(RTA_PRIORITY, &route.metric.to_ne_bytes());
+    }
+    let mut metrics = Attributes::default();
+    for (kind, metric) in [(RTAX_MTU, route.mtu), (RTAX_ADVMSS, route.advmss)] {
+        if metric > 0 {
+            metrics = metrics.with(kind, &metric.to_ne_bytes());
+        }
+    }
+    if !metrics.is_empty() {
+        attributes = attributes.nested(RTA_METRICS, &metrics);
+    }
+    Message {
+        kind: RTM_NEWROUTE,
+        body: attributes.into_bytes(),
+    }
+}
+
+fn neighbour_message(index: u32, ip: IpAddr, mac: [u8; 6]) -> Message {
+    // struct ndmsg: family, padding, index, state, flags, type
+    let mut structure = vec![family(ip), 0, 0, 0];
+    structure.extend(index.to_ne_bytes());
+    structure.extend(NUD_PERMANENT.to_ne_bytes());
+    structure.extend([0, 0]);
+    let attributes = Attributes::behind(&structure)
+        .with(NDA_DST, &bytes(ip))
+        .with(NDA_LLADDR, &mac);
+    Message {
+        kind: RTM_NEWNEIGH,
+        body: attributes.into_bytes(),
+    }
+}
+
+fn rule_message(rule: &RulePlan) -> Message {
+    let (source, destination) = (rule.source, rule.destination);
+    // struct fib_rule_hdr: family, lengths of destination and source, type of service, table, reserved twice, action, flags
+    let mut structure = vec![family(source.ip), destination.length, source.length, 0];
+    structure.extend([small_table(rule.table), 0, 0, FR_ACT_TO_TBL, 0, 0, 0, 0]);
+    let mut attributes = Attributes::behind(&structure)
+        .with(FRA_PRIORITY, &rule.priority.to_ne_bytes())
+        .with(FRA_TABLE, &rule.table.to_ne_bytes());
+    for (kind, prefix) in [(FRA_SRC, source), (FRA_DST, destination)] {
+        if prefix.length > 0 {
+            attributes = attributes.with(kind, &bytes(prefix.ip));
+        }
+    }
+    Message {
+        kind: RTM_NEWRULE,
+        body: attributes.into_bytes(),
+    }
 }
