@@ -29,6 +29,14 @@ const QUEUE_SIZE: u16 = 256;
 const BATCH: usize = 128;
 const ROUNDS: usize = 400;
 
+/// What a Linux guest takes of the card's offer.
+const LINUX: Features = Features::NONE
+    .union(feature::MRG_RXBUF)
+    .union(feature::CSUM)
+    .union(feature::GUEST_CSUM)
+    .union(feature::GUEST_TSO4)
+    .union(feature::GUEST_TSO6);
+
 struct NoInterrupt;
 
 impl Interrupt for NoInterrupt {
@@ -75,7 +83,7 @@ fn rig(tap: Tap, neighbour: UdpSocket) -> Rig {
     let activation = Activation {
         memory: mem.space(),
         queues: vec![state(&receive), state(&transmit)],
-        features: Features::COMMON | feature::MRG_RXBUF | feature::CSUM | feature::GUEST_CSUM,
+        features: Features::COMMON | LINUX,
         interrupt: Arc::new(NoInterrupt),
     };
     let worker = net.activate(activation).unwrap().remove(0);

@@ -78,8 +78,13 @@ impl Receive {
         &mut self.queue
     }
 
-    /// Takes buffers for the longest frame; if there are too few, returns false with kicks on.
-    pub(super) fn prepare<M: GuestMemory>(&mut self, mem: &M) -> Result<bool, DeviceError> {
+    /// Takes buffers for the longest frame, and puts those it takes behind `slices`; if there are too few, returns false
+    /// with kicks on.
+    pub(super) fn prepare<'m, M: GuestMemory>(
+        &mut self,
+        mem: &'m M,
+        slices: &mut IoSlices<'m>,
+    ) -> Result<bool, DeviceError> {
         // Passes, not chains: a guest that flips the available index to and fro must not keep us here.
         for _ in 0..=MAX_CHAINS_PER_WAKE {
             if self.is_prepared() {
@@ -87,6 +92,7 @@ impl Receive {
             }
             let mut chain = self.spare.pop().unwrap_or_default();
             if self.queue.pop(mem, &mut chain)? {
+                append(slices, mem, &chain)?;
                 self.take(chain)?;
                 continue;
             }
@@ -129,28 +135,27 @@ impl Receive {
         Ok(())
     }
 
-    /// The buffers that were taken, to read one frame into.
+    /// The buffers that were taken, to read frames into.
     pub(super) fn slices<'m, M: GuestMemory>(
         &self,
         mem: &'m M,
     ) -> Result<IoSlices<'m>, DeviceError> {
         let mut all = IoSlices::empty(Direction::IntoGuest);
         for chain in &self.taken {
-            let len = chain.writable.len();
-            all.append(IoSlices::new(
-                mem,
-                &chain.writable,
-                0,
-                len,
-                Direction::IntoGuest,
-            )?);
+            append(&mut all, mem, chain)?;
         }
         Ok(all)
     }
 
-    /// Gives the guest the frame of `len` bytes, header included, that its buffers now hold.
-    pub(super) fn deliver<M: GuestMemory>(&mut self, mem: &M, len: u32) -> Result<(), DeviceError> {
+    /// Gives the guest the frame of `len` bytes, header included, that its buffers now hold; returns the bytes of these
+    /// buffers behind the frame.
+    pub(super) fn deliver<M: GuestMemory>(
+        &mut self,
+        mem: &M,
+        len: u32,
+    ) -> Result<u32, DeviceError> {
         self.finished.clear();
+        let before = self.taken_bytes;
         let mut left = len;
         let mut first = None;
         while left > 0 {
@@ -186,7 +191,9 @@ impl Receive {
             chain.writable.write_at(mem, at, bytes)?;
             self.spare.push(chain);
         }
-        self.queue.complete_all(mem, &self.finished)
+        self.queue.complete_all(mem, &self.finished)?;
+        let given = before.saturating_sub(self.taken_bytes);
+        Ok(given.saturating_sub(len))
     }
 
     /// Puts back the buffers that were taken and not used.
@@ -198,4 +205,12 @@ impl Receive {
         (self.taken_bytes, self.taken_pieces) = (0, 0);
         self.queue.state()
     }
+}
+
+fn append<'m, M: GuestMemory>(
+    slices: &mut IoSlices<'m>,
+    mem: &'m M,
+    chain: &Chain,
+) -> Result<(), DeviceError> {
+    slices.append(mem, &chain.writable, 0, chain.writable.len())
 }

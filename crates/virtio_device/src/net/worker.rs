@@ -19,8 +19,8 @@ use super::device::Shared;
 use super::receive::Receive;
 use super::{ETHERNET_BYTES, NetMetrics};
 use crate::{
-    Activation, Chain, DeviceError, Direction, Event, GuestSpace, Interrupt, IoSlices,
-    MAX_BYTES_PER_WAKE, MAX_CHAINS_PER_WAKE, Progress, Queue, QueueState, Worker,
+    Activation, Chain, DeviceError, Event, GuestSpace, Interrupt, IoSlices, MAX_BYTES_PER_WAKE,
+    MAX_CHAINS_PER_WAKE, Progress, Queue, QueueState, Worker,
 };
 
 /// Token of the tap.
@@ -84,17 +84,20 @@ impl<S: GuestSpace> NetWorker<S> {
         };
         receive.queue().disable_kicks(mem)?;
         let (mut frames, mut bytes) = (0u32, 0u64);
+        // The same from frame to frame: only what a frame has used is replaced.
+        let mut slices = receive.slices(mem)?;
         let next = loop {
             if frames >= MAX_CHAINS_PER_WAKE || bytes >= MAX_BYTES_PER_WAKE {
                 break None;
             }
-            if !receive.prepare(mem)? {
+            if !receive.prepare(mem, &mut slices)? {
                 metrics.starved.increment();
                 break Some(Watch::Off);
             }
-            match receive.slices(mem)?.read_from(tap) {
+            match slices.read_from(tap) {
                 Ok(len) if len > HEADER_BYTES => {
-                    receive.deliver(mem, u32::try_from(len).unwrap_or(u32::MAX))?;
+                    let behind = receive.deliver(mem, u32::try_from(len).unwrap_or(u32::MAX))?;
+                    slices.advance(behind as usize);
                     frames = frames.saturating_add(1);
                     bytes = bytes.saturating_add(len as u64);
                     metrics.received_frames.increment();
@@ -180,13 +183,7 @@ fn send_frame<M: GuestMemory>(
         return Ok(());
     };
     let mut frame = IoSlices::host(&header);
-    frame.append(IoSlices::new(
-        mem,
-        &chain.readable,
-        HEADER_LEN,
-        length,
-        Direction::FromGuest,
-    )?);
+    frame.append(mem, &chain.readable, HEADER_LEN, length)?;
     match frame.write_to(shared.io.descriptor()) {
         Ok(_) => {
             metrics.sent_frames.increment();
