@@ -23,7 +23,7 @@ mod sizing;
 mod translate;
 
 pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role};
-pub use config::{Guest, Log, LogLevel, RuntimeConfig, Storage, Vmm};
+pub use config::{Guest, Log, LogLevel, MetadataService, Network, RuntimeConfig, Storage, Vmm};
 pub use config_text::{ConfigError, ConfigMistake};
 pub use error::SpecError;
 pub use sizing::VmSize;

@@ -21,6 +21,7 @@ mod handover;
 mod host_cgroup;
 mod info;
 mod log;
+mod network;
 mod node_host;
 mod process;
 mod publisher;

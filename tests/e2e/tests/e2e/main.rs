@@ -11,6 +11,7 @@ mod cri_client;
 mod faults;
 mod isolation;
 mod lifecycle;
+mod network;
 mod software;
 mod streams;
 mod terminal;
