@@ -13,9 +13,12 @@ use std::sync::{Arc, OnceLock};
 
 use driver_embedded::{DISK_SLOTS, EmbeddedDriver, EmbeddedOptions};
 use hypervisor::{
-    Disk, DiskAccess, Driver, DriverError, DriverErrorKind, RunningVm, VmExit, VmSpec,
+    Disk, DiskAccess, Driver, DriverError, DriverErrorKind, NetworkInterface, RunningVm, VmExit,
+    VmSpec,
 };
 use ids::{GuestCid, Mib, VcpuCount, VsockPort};
+use network_testbed::{Namespace, is_root};
+use pod_network::{Metadata, PodNetwork};
 
 #[path = "../../vmm/tests/common/pvh_kernel.rs"]
 mod pvh_kernel;
@@ -66,6 +69,7 @@ fn spec(code: &[u8]) -> VmSpec {
         kernel: file_with(&pvh_kernel(code)),
         initramfs: file_with(b""),
         kernel_arguments: Vec::new(),
+        networks: Vec::new(),
         disks: Vec::new(),
         cid: GuestCid::DEFAULT,
         host_ports: vec![VsockPort(1024)],
@@ -117,6 +121,39 @@ async fn guest_that_resets_itself_is_told_to_every_waiter_and_later() {
     assert_eq!(vm.wait().await, VmExit::Guest);
     assert_eq!(vm.kill().await, VmExit::Guest, "it was not killed");
     assert!(!is_running(vm.processes().vmm));
+}
+
+#[tokio::test]
+async fn taps_are_the_vms_and_go_with_it() {
+    if !is_root() {
+        return;
+    }
+    let pod = Namespace::new();
+    for name in ["eth0", "net1"] {
+        pod.ip(&format!("link add {name} type veth peer name {name}p"));
+        pod.ip(&format!("link set {name} up"));
+    }
+    let taps = || pod.ip("-brief link show").matches("coffer").count();
+    let (_network, plan) = PodNetwork::attach(&pod.path(), Metadata::Denied).unwrap();
+    let mut spec = spec(SPIN);
+    // Cards and disks do not take each other's descriptors.
+    spec.disks = vec![disk("a")];
+    spec.networks = plan
+        .taps
+        .into_iter()
+        .map(|tap| NetworkInterface {
+            tap: tap.tap,
+            mac: tap.interface.mac,
+            mtu: tap.interface.mtu,
+        })
+        .collect();
+    let vm = launch(spec).await.unwrap();
+    assert_eq!(taps(), 2);
+    let dump: serde_json::Value = serde_json::from_str(&vm.dump().await.unwrap()).unwrap();
+    let cards = dump.to_string().matches("\"device\":\"net\"").count();
+    assert_eq!(cards, 2, "{dump}");
+    vm.kill().await;
+    assert_eq!(taps(), 0);
 }
 
 #[tokio::test]

@@ -11,8 +11,8 @@ use agent_proto::{CONTROL_PORT, PROTOCOL_VERSION, STDIO_PORT, api, hello, servic
 use async_trait::async_trait;
 use futures::StreamExt;
 use hypervisor::{
-    AttachedDisk, Capabilities, Disk, Driver, DriverError, DriverErrorKind, RunningVm, VmExit,
-    VmProcesses, VmSpec,
+    AttachedDisk, Capabilities, Disk, Driver, DriverError, DriverErrorKind, NetworkInterface,
+    RunningVm, VmExit, VmProcesses, VmSpec,
 };
 use ids::{DiskSerial, VsockPort};
 use tokio::io::AsyncWriteExt;
@@ -42,6 +42,8 @@ pub struct FakeVm {
     guest: Arc<Guest>,
     exit: watch::Sender<Option<VmExit>>,
     dialled: Mutex<Option<UnixStream>>,
+    /// Taps are open as long as the VM lives.
+    networks: Mutex<Vec<NetworkInterface>>,
     disks: Mutex<BTreeSet<DiskSerial>>,
     console: Mutex<String>,
     relay: Mutex<Option<JoinHandle<()>>>,
@@ -60,6 +62,7 @@ pub fn fake_spec(sandbox: ids::SandboxId) -> io::Result<VmSpec> {
         kernel: null()?,
         initramfs: null()?,
         kernel_arguments: Vec::new(),
+        networks: Vec::new(),
         disks: Vec::new(),
         cid: ids::GuestCid::DEFAULT,
         host_ports: vec![CONTROL_PORT],
@@ -96,6 +99,7 @@ impl Driver for FakeDriver {
         Capabilities {
             name: "fake",
             max_disks: MAX_DISKS,
+            max_networks: 8,
             max_vcpus: 8,
         }
     }
@@ -112,6 +116,7 @@ impl Driver for FakeDriver {
             guest: Guest::new(self.script.clone()),
             exit: watch::Sender::new(None),
             dialled: Mutex::default(),
+            networks: Mutex::new(spec.networks),
             disks: Mutex::new(disks),
             console: Mutex::new("Linux version 6.12 (fake)\n".to_owned()),
             relay: Mutex::default(),
@@ -185,6 +190,7 @@ impl FakeVm {
 
     /// Ends the VM as `exit` says. Only the first end counts.
     pub fn die(&self, exit: VmExit) {
+        lock(&self.networks).clear();
         self.exit.send_if_modified(|current| {
             let first = current.is_none();
             current.get_or_insert(exit);

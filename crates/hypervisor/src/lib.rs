@@ -27,7 +27,9 @@ use ids::{DiskSerial, VsockPort};
 use tokio::net::UnixStream;
 
 pub use error::{DriverError, DriverErrorKind};
-pub use spec::{AttachedDisk, Capabilities, Disk, DiskAccess, VmExit, VmProcesses, VmSpec};
+pub use spec::{
+    AttachedDisk, Capabilities, Disk, DiskAccess, NetworkInterface, VmExit, VmProcesses, VmSpec,
+};
 
 /// A VMM that can run sandboxes.
 #[async_trait]

@@ -25,6 +25,8 @@ pub struct RuntimeConfig {
     pub vmm: Vmm,
     /// `[storage]`: images and scratch disks.
     pub storage: Storage,
+    /// `[network]`: what pods may reach.
+    pub network: Network,
     /// `[log]`.
     pub log: Log,
     /// `[debug]`.
@@ -74,6 +76,22 @@ pub struct Storage {
     pub mkfs_erofs: PathBuf,
     /// `mkfs_ext4`: the program of e2fsprogs.
     pub mkfs_ext4: PathBuf,
+}
+
+/// `[network]`: what pods may reach.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Network {
+    /// `metadata_service`: whether pods reach the node's cloud metadata service, which gives out the node's credentials.
+    pub metadata_service: MetadataService,
+}
+
+/// Whether pods reach the cloud's metadata service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MetadataService {
+    /// What they send to it is dropped.
+    Denied,
+    /// As far as the CNI's policies let them.
+    Allowed,
 }
 
 /// `[log]`.
@@ -130,6 +148,16 @@ impl RuntimeConfig {
                 scratch: Mib(text.number("storage.scratch_mib", 10_240, (64, MAX_MEMORY_MIB))),
                 mkfs_erofs: text.path("storage.mkfs_erofs", "/usr/bin/mkfs.erofs"),
                 mkfs_ext4: text.path("storage.mkfs_ext4", "/usr/sbin/mkfs.ext4"),
+            },
+            network: Network {
+                metadata_service: text.choice(
+                    "network.metadata_service",
+                    &[
+                        ("denied", MetadataService::Denied),
+                        ("allowed", MetadataService::Allowed),
+                    ],
+                    MetadataService::Denied,
+                ),
             },
             log: Log {
                 level: text.choice(

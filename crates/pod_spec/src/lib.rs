@@ -25,7 +25,9 @@ mod translate;
 mod update;
 
 pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role};
-pub use config::{Debug, Guest, Log, LogLevel, RuntimeConfig, Storage, Vmm};
+pub use config::{
+    Debug, Guest, Log, LogLevel, MetadataService, Network, RuntimeConfig, Storage, Vmm,
+};
 pub use config_text::{ConfigError, ConfigMistake};
 pub use error::SpecError;
 pub use shell::shell_spec;

@@ -166,10 +166,11 @@ async fn start(
 ) -> Result<Arc<Guest>, SandboxError> {
     let of = Of::Sandbox(&shared.id);
     let planner = Arc::clone(shared);
+    // The guard is the last to go, whatever fails: values are dropped from the last to the first.
     let PodPlan {
+        guard,
         vm: spec,
         configure,
-        guard,
     } = phase(of, "plan", async {
         blocking(move || planner.host.plan_pod()).await?
     })

@@ -24,6 +24,7 @@ mod info;
 mod inspect_service;
 mod log;
 mod metrics;
+mod network;
 mod node_host;
 mod process;
 mod publisher;

@@ -19,6 +19,7 @@ mod bytes;
 pub mod console;
 mod device_id;
 mod features;
+pub mod net;
 mod status;
 pub mod vsock;
 

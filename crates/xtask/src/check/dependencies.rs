@@ -21,6 +21,8 @@ const MAP: &[(&str, &[&str])] = &[
     ("pod_spec", &["agent_proto", "ids"]),
     ("shim_api", &[]),
     ("task_state", &["ids"]),
+    // one netlink socket, for host and guest
+    ("route_netlink", &[]),
     // the VMM
     ("virtio_device", &["ids", "virtio_wire"]),
     ("seccomp_filters", &["ids"]),
@@ -39,6 +41,7 @@ const MAP: &[(&str, &[&str])] = &[
         "pod_storage",
         &["agent_proto", "hypervisor", "ids", "pod_spec"],
     ),
+    ("pod_network", &["route_netlink"]),
     (
         "sandbox",
         &[
@@ -59,6 +62,7 @@ const MAP: &[(&str, &[&str])] = &[
             "driver_embedded",
             "hypervisor",
             "ids",
+            "pod_network",
             "pod_spec",
             "pod_storage",
             "sandbox",
@@ -69,7 +73,10 @@ const MAP: &[(&str, &[&str])] = &[
     ("cofferctl", &["ids", "kvm_probe", "pod_spec", "shim_api"]),
     // the guest
     ("oci_process", &["ids"]),
-    ("agent_core", &["agent_proto", "ids", "oci_process"]),
+    (
+        "agent_core",
+        &["agent_proto", "ids", "oci_process", "route_netlink"],
+    ),
     (
         "agent",
         &["agent_core", "agent_proto", "ids", "oci_process"],
@@ -80,6 +87,7 @@ const MAP: &[(&str, &[&str])] = &[
         "virtio_testdriver",
         &["ids", "virtio_device", "virtio_wire"],
     ),
+    ("network_testbed", &[]),
     ("fuzz_smoke", TEST_ONLY),
     ("fuzz_targets", TEST_ONLY),
     ("e2e", TEST_ONLY),
@@ -97,7 +105,9 @@ const TEST_ONLY: &[&str] = &[
     "hypervisor",
     "ids",
     "kvm_probe",
+    "network_testbed",
     "oci_process",
+    "pod_network",
     "pod_spec",
     "pod_storage",
     "sandbox",

@@ -9,6 +9,7 @@ mod copied;
 mod device_program;
 mod disk;
 mod mount;
+pub mod network;
 mod process;
 pub mod reaper;
 mod resources;
@@ -186,6 +187,8 @@ impl System for Linux {
         if plan.shm_bytes != 0 {
             boot::resize_shm(plan.shm_bytes)?;
         }
+        // Before the sysctls, some of which are a card's.
+        network::configure(&plan.network)?;
         for (key, value) in &plan.sysctls {
             oci_process::write_sysctl(key, value)?;
         }

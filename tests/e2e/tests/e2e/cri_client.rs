@@ -280,6 +280,16 @@ impl Kubelet {
             .state
     }
 
+    /// The address that the CNI plugin gave a pod.
+    pub(crate) fn pod_ip(&self, pod: &Pod) -> String {
+        let request = v1::PodSandboxStatusRequest {
+            pod_sandbox_id: pod.id.clone(),
+            verbose: false,
+        };
+        let status = call!(self, pod_sandbox_status, request).unwrap().status;
+        status.unwrap().network.unwrap().ip
+    }
+
     pub(crate) fn stop_pod(&self, pod: &Pod) {
         call!(
             self,

@@ -12,6 +12,7 @@ mod cri_client;
 mod faults;
 mod isolation;
 mod lifecycle;
+mod network;
 mod resources;
 mod software;
 mod streams;
