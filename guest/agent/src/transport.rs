@@ -24,6 +24,13 @@ use tokio::sync::oneshot;
 const CID_HOST: u32 = 2;
 const CID_ANY: u32 = u32::MAX;
 
+/// The kernel's own limit of 2 s is too short on a node whose processors are all taken; the host has a limit for the boot as a
+/// whole.
+const DIAL_TIMEOUT_SECONDS: i64 = 3600;
+
+/// `linux/vm_sockets.h`: a level of its own, and on 64-bit processors the option that takes a `timeval`.
+const SO_VM_SOCKETS_CONNECT_TIMEOUT: libc::c_int = 6;
+
 /// As many streams as may come at once: three for each process of a large pod.
 const BACKLOG: i32 = 128;
 
@@ -54,6 +61,7 @@ impl Transport {
         match self {
             Self::Vsock => {
                 let connection = vsock()?;
+                be_patient(&connection)?;
                 connect(
                     connection.as_raw_fd(),
                     &VsockAddr::new(CID_HOST, CONTROL_PORT.0),
@@ -72,6 +80,30 @@ fn vsock() -> nix::Result<OwnedFd> {
         SockFlag::SOCK_CLOEXEC,
         None,
     )
+}
+
+/// Lets a connection take [`DIAL_TIMEOUT_SECONDS`] to come about.
+#[expect(unsafe_code, reason = "no library knows this option")]
+fn be_patient(socket: &OwnedFd) -> io::Result<()> {
+    let timeout = libc::timeval {
+        tv_sec: DIAL_TIMEOUT_SECONDS,
+        tv_usec: 0,
+    };
+    let size = libc::socklen_t::try_from(size_of::<libc::timeval>()).unwrap_or(0);
+    // SAFETY: the pointer and the size are those of `timeout`, which outlives the call; the kernel only reads it.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::AF_VSOCK,
+            SO_VM_SOCKETS_CONNECT_TIMEOUT,
+            (&raw const timeout).cast(),
+            size,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Calls `accepted` with each new connection, for ever.

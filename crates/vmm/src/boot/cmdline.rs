@@ -7,18 +7,19 @@ use crate::{VmmError, layout};
 
 /// What every guest gets, and why.
 const ARGUMENTS: &[&str] = &[
-    "console=hvc0",        // the virtio console
-    "quiet",               // each line of boot log is an exit
-    "reboot=t",            // a triple fault ends the VM at once; nothing else is there to ask
-    "panic=-1",            // reboot at once, so that a panic ends the VM too
-    "acpi=off",            // no tables: the MP table names the CPUs, the next lines the devices
-    "pci=off",             // probing for a bus that is not there costs exits
-    "tsc=reliable",        // no watchdog of the clock against another one: there is none
-    "no_timer_check",      // there is no PIT to check
+    "console=hvc0",                          // the virtio console
+    "quiet",                                 // each line of boot log is an exit
+    "reboot=t",       // a triple fault ends the VM at once; nothing else is there to ask
+    "panic=-1",       // reboot at once, so that a panic ends the VM too
+    "acpi=off",       // no tables: the MP table names the CPUs, the next lines the devices
+    "pci=off",        // probing for a bus that is not there costs exits
+    "tsc=reliable",   // no watchdog of the clock against another one: there is none
+    "no_timer_check", // there is no PIT to check
     "random.trust_cpu=on", // entropy from RDRAND before virtio-rng is up
-    "8250.nr_uarts=0",     // no probing for UARTs, where the driver is built in
-    "i8042.noprobe=1",     // nor for a keyboard
-    "cryptomgr.notests",   // no self tests
+    "8250.nr_uarts=0", // no probing for UARTs, where the driver is built in
+    "i8042.noprobe=1", // nor for a keyboard
+    "cryptomgr.notests", // no self tests
+    "page_reporting.page_reporting_order=5", // free memory goes back to the host from 128 KiB on, not from 2 MiB
     "noreplace-smp", // lock prefixes stay: with one vCPU the kernel would patch all of them away
 ];
 
