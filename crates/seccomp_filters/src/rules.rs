@@ -16,7 +16,7 @@ use libc::{
     SYS_socketpair, SYS_tgkill, SYS_timerfd_settime, SYS_write, SYS_writev,
 };
 
-use crate::ThreadRole;
+use crate::{ThreadRole, file_server};
 
 /// One allowed system call.
 #[derive(Debug, Clone, Copy)]
@@ -40,7 +40,7 @@ pub enum Check {
     Without(u8, u32),
 }
 
-const fn allow(syscall: i64, why: &'static str) -> Rule {
+pub(crate) const fn allow(syscall: i64, why: &'static str) -> Rule {
     Rule {
         syscall,
         checks: &[],
@@ -48,7 +48,7 @@ const fn allow(syscall: i64, why: &'static str) -> Rule {
     }
 }
 
-const fn only(syscall: i64, checks: &'static [Check], why: &'static str) -> Rule {
+pub(crate) const fn only(syscall: i64, checks: &'static [Check], why: &'static str) -> Rule {
     Rule {
         syscall,
         checks,
@@ -89,7 +89,7 @@ const KVM_IRQFD: u32 = kvm(WRITE, 32, 0x76);
 const KVM_IOEVENTFD: u32 = kvm(WRITE, 64, 0x79);
 const KVM_GET_CLOCK: u32 = kvm(READ, 48, 0x7c);
 
-/// What every thread needs.
+/// What every thread needs, of the VMM and of the file server.
 const COMMON: &[Rule] = &[
     allow(SYS_futex, "locks, channels, joining threads"),
     allow(SYS_read, "emptying event descriptors"),
@@ -225,6 +225,7 @@ pub fn of(role: ThreadRole) -> impl Iterator<Item = &'static Rule> {
         ThreadRole::Vcpu => VCPU,
         ThreadRole::Io => IO,
         ThreadRole::Control => CONTROL,
+        ThreadRole::FileServer => file_server::RULES,
     };
     COMMON.iter().chain(own)
 }
