@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::balloon::BalloonState;
 use crate::block::BlockState;
 use crate::console::ConsoleState;
+use crate::fs::FsState;
 use crate::rng::RngState;
 use crate::vsock::VsockState;
 
@@ -21,6 +22,8 @@ pub enum DeviceState {
     Balloon(BalloonState),
     /// Console.
     Console(ConsoleState),
+    /// File system.
+    Fs(FsState),
     /// Entropy source.
     Rng(RngState),
     /// Socket device.

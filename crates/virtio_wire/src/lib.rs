@@ -19,7 +19,9 @@ mod bytes;
 pub mod console;
 mod device_id;
 mod features;
+pub mod fs;
 mod status;
+pub mod vhost_user;
 pub mod vsock;
 
 pub use bytes::WireError;
