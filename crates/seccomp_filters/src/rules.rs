@@ -10,10 +10,10 @@ use libc::{
     SYS_accept4, SYS_brk, SYS_clock_gettime, SYS_close, SYS_epoll_ctl, SYS_epoll_wait,
     SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_fallocate, SYS_fcntl, SYS_fdatasync, SYS_fsync,
     SYS_futex, SYS_getpid, SYS_getrandom, SYS_gettid, SYS_ioctl, SYS_lseek, SYS_madvise, SYS_mmap,
-    SYS_mprotect, SYS_mremap, SYS_munmap, SYS_poll, SYS_preadv, SYS_pwrite64, SYS_pwritev,
-    SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall, SYS_rt_sigprocmask,
-    SYS_rt_sigreturn, SYS_sched_yield, SYS_sendmsg, SYS_sendto, SYS_shutdown, SYS_sigaltstack,
-    SYS_socketpair, SYS_tgkill, SYS_timerfd_settime, SYS_write, SYS_writev,
+    SYS_mprotect, SYS_mremap, SYS_munmap, SYS_poll, SYS_pread64, SYS_preadv, SYS_pwrite64,
+    SYS_pwritev, SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall,
+    SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_yield, SYS_sendmsg, SYS_sendto, SYS_shutdown,
+    SYS_sigaltstack, SYS_socketpair, SYS_tgkill, SYS_timerfd_settime, SYS_write, SYS_writev,
 };
 
 use crate::{ThreadRole, file_server};
@@ -196,6 +196,7 @@ const IO: &[Rule] = &[
         "making streams non-blocking",
     ),
     allow(SYS_timerfd_settime, "vsock deadlines"),
+    allow(SYS_poll, "waiting for the file server, with a deadline"),
 ];
 
 const CONTROL: &[Rule] = &[
@@ -203,7 +204,13 @@ const CONTROL: &[Rule] = &[
     allow(SYS_recvmsg, "calls of the shim, with descriptors"),
     allow(SYS_sendmsg, "answers"),
     allow(SYS_eventfd2, "queues of a disk that is attached"),
-    allow(SYS_lseek, "size of a disk that is attached"),
+    allow(SYS_lseek, "size of a disk or of the file for guest memory"),
+    allow(SYS_recvfrom, "what the file server offers"),
+    allow(
+        SYS_pread64,
+        "which pages have content, when guest memory is shared",
+    ),
+    allow(SYS_pwrite64, "their content, when guest memory is shared"),
     only(
         SYS_ioctl,
         &[Check::Is(1, KVM_IOEVENTFD)],

@@ -21,6 +21,8 @@
 mod device;
 mod front_end;
 mod metrics;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 pub use device::{Fs, FsOptions, FsState};
