@@ -2,12 +2,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! What the file server sees and may, read from /proc. Needs root.
+#![expect(clippy::unwrap_used, reason = "helpers outside the test functions")]
 
 mod common;
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -15,6 +17,12 @@ use std::process::{Command, Stdio};
 
 use common::{PROGRAM, bounded, share, spawn};
 use file_server::{Access, FileServer, FileServerError, Propagation, ShareName};
+
+fn seqpacket() -> (OwnedFd, OwnedFd) {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    let flags = SocketFlags::CLOEXEC;
+    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
+}
 
 /// CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID (Linux `include/uapi/linux/capability.h`).
 const CAPABILITIES: u64 = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7;
@@ -282,7 +290,7 @@ fn it_does_not_run_outside_its_jail() {
     };
     let (code, text) = run(Stdio::null());
     assert_eq!(code, Some(2), "{text}");
-    let (socket, _other) = common::seqpacket();
+    let (socket, _other) = seqpacket();
     let (code, text) = run(Stdio::from(socket));
     assert_eq!(code, Some(1));
     assert!(text.contains("cannot do without a PID namespace"), "{text}");

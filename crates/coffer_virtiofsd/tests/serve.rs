@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! The file server through the file system device: FUSE requests in the queues, files on the host. Needs root, no KVM.
+#![expect(clippy::unwrap_used, reason = "a helper outside the test functions")]
 
 mod common;
 #[path = "common/guest.rs"]
@@ -78,7 +79,7 @@ async fn files_belong_to_the_guests_user_and_others_can_be_read_by_root() {
     let other = folder.path().join("other");
     fs::write(&other, "secret").unwrap();
     std::os::unix::fs::chown(&other, Some(999), Some(999)).unwrap();
-    fs::set_permissions(&other, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&other, fs::Permissions::from_mode(0o000)).unwrap();
     guest.user = (0, 0);
     let node = guest.lookup(data, "other").unwrap();
     let handle = guest.open(node, 0).unwrap();

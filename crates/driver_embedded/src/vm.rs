@@ -224,6 +224,9 @@ impl RunningVm for EmbeddedVm {
         &self,
         file_system: FileSystem,
     ) -> Result<AttachedFileSystem, DriverError> {
+        if self.exit.borrow().is_some() {
+            return Err(gone());
+        }
         let pid = self.process.pid;
         let memory = self.memory;
         let files = tokio::task::spawn_blocking(move || SharedMemory::prepare(pid, memory));

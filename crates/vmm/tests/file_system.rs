@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! A file system device that is attached to a running guest, of a few instructions, in a jailed VMM. Needs `/dev/kvm`.
+#![expect(clippy::unwrap_used, reason = "helpers outside the test functions")]
 
 mod common;
 

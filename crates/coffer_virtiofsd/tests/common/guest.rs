@@ -5,7 +5,6 @@
 //! memfd, and as much of FUSE as tests speak.
 #![expect(
     clippy::unwrap_used,
-    clippy::panic,
     clippy::indexing_slicing,
     clippy::cast_possible_truncation,
     reason = "test support that panics on misuse"

@@ -2,11 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! Starts file servers for tests.
-#![expect(
-    dead_code,
-    clippy::unwrap_used,
-    reason = "test support, of which no test program uses all"
-)]
+#![expect(clippy::unwrap_used, reason = "test support that panics on misuse")]
 
 use std::fs::File;
 use std::future::Future;
@@ -46,10 +42,4 @@ pub(crate) async fn spawn(shares: &[Share]) -> (FileServer, UnixStream) {
     bounded(FileServer::spawn(Path::new(PROGRAM), shares))
         .await
         .unwrap()
-}
-
-pub(crate) fn seqpacket() -> (OwnedFd, OwnedFd) {
-    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-    let flags = SocketFlags::CLOEXEC;
-    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
 }
