@@ -8,7 +8,7 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
@@ -17,6 +17,8 @@ use std::process::{Command, Stdio};
 
 use common::{PROGRAM, bounded, share, spawn};
 use file_server::{Access, FileServer, FileServerError, Propagation, ShareName};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 fn seqpacket() -> (OwnedFd, OwnedFd) {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -270,6 +272,38 @@ async fn server_ends_when_its_connection_closes_or_its_handle_is_dropped() {
     drop(server);
     let closed = tokio::task::spawn_blocking(move || connection.read(&mut [0]).unwrap());
     assert_eq!(bounded(closed).await.unwrap(), 0);
+}
+
+/// The test starts itself a second time as the shim, which is then killed.
+#[tokio::test]
+async fn server_dies_with_its_shim() {
+    const AS_SHIM: &str = "COFFER_TEST_AS_SHIM";
+    const NAME: &str = "server_dies_with_its_shim";
+    if std::env::var_os(AS_SHIM).is_some() {
+        let (server, _connection) = spawn(&[]).await;
+        println!("\nserver {}", server.pid());
+        bounded(std::future::pending::<()>()).await;
+    }
+    let mut shim = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", NAME, "--nocapture"])
+        .env(AS_SHIM, "1")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(shim.stdout.take().unwrap()).lines();
+    let pid = lines
+        .map_while(Result::ok)
+        .find_map(|line| line.strip_prefix("server ")?.parse::<i32>().ok());
+    let pid = pid.and_then(Pid::from_raw).unwrap();
+    let server = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    shim.kill().unwrap();
+    shim.wait().unwrap();
+    let deadline = Timespec {
+        tv_sec: 60,
+        tv_nsec: 0,
+    };
+    let mut fds = [PollFd::new(&server, PollFlags::IN)];
+    assert_eq!(poll(&mut fds, Some(&deadline)), Ok(1), "it lives on");
 }
 
 #[tokio::test]
