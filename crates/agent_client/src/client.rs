@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use agent_proto::{MAX_ANSWER_LEN, NEXT_EVENTS_WAIT, api, hello};
+use agent_proto::{MAX_ANSWER_LEN, NEXT_EVENTS_WAIT, api, hello, stats};
 use protobuf::Message;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
@@ -173,6 +173,48 @@ impl AgentClient {
             .call("ListProcesses", request, self.deadlines.call)
             .await?;
         Ok(list.processes)
+    }
+
+    /// `PauseContainer`.
+    ///
+    /// # Errors
+    /// As every call; after [`AgentError::Timeout`] the container may be frozen or not.
+    pub async fn pause_container(&self, request: &api::ContainerRef) -> Result<(), AgentError> {
+        self.done("PauseContainer", request, self.deadlines.call)
+            .await
+    }
+
+    /// `ResumeContainer`.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn resume_container(&self, request: &api::ContainerRef) -> Result<(), AgentError> {
+        self.done("ResumeContainer", request, self.deadlines.call)
+            .await
+    }
+
+    /// `UpdateContainer`.
+    ///
+    /// # Errors
+    /// As every call; [`crate::AgentCode::InvalidArgument`] names the field that cannot be applied.
+    pub async fn update_container(
+        &self,
+        request: &api::UpdateContainerRequest,
+    ) -> Result<(), AgentError> {
+        self.done("UpdateContainer", request, self.deadlines.call)
+            .await
+    }
+
+    /// `Stats`: figures that the guest has written, within the caps of [`stats`].
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn stats(
+        &self,
+        request: &api::ContainerRef,
+    ) -> Result<api::ContainerStats, AgentError> {
+        let figures = self.call("Stats", request, self.deadlines.call).await?;
+        Ok(stats::bounded(figures))
     }
 
     /// `RemoveContainer`.

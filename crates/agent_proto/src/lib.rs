@@ -21,6 +21,7 @@ use ids::VsockPort;
 
 pub mod hello;
 pub mod layout;
+pub mod stats;
 mod stream_header;
 
 pub use stream_header::{HeaderError, MAX_HEADER_LEN, ProcessKey, StreamHeader, StreamKind};

@@ -27,7 +27,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use hypervisor::{Capabilities, Driver, DriverError, DriverErrorKind, RunningVm, VmSpec};
 use vmm::boot::BootProtocol;
-use vmm::control::{Config, DiskConfig, JailConfig, Request};
+use vmm::control::{Config, DiskConfig, JailConfig, MAX_NETWORKS, NetworkConfig, Request};
 
 use vm::EmbeddedVm;
 use vsock::GuestSocket;
@@ -74,6 +74,11 @@ impl EmbeddedDriver {
 
     fn config(&self, spec: &VmSpec) -> Config {
         let disks = spec.disks.iter().map(disk_config).collect();
+        let networks = spec.networks.iter().map(|network| NetworkConfig {
+            mac: network.mac,
+            mtu: network.mtu,
+        });
+        let networks = networks.collect();
         Config {
             vcpus: spec.vcpus.get(),
             memory_mib: spec.memory.0,
@@ -82,6 +87,7 @@ impl EmbeddedDriver {
             cid: spec.cid.get(),
             host_ports: spec.host_ports.iter().map(|port| port.0).collect(),
             console_log: spec.console_log.is_some(),
+            networks,
             disks,
             disk_slots: DISK_SLOTS,
             jail: self.options.jail.map(|user| JailConfig {
@@ -99,6 +105,7 @@ impl Driver for EmbeddedDriver {
             name: "embedded",
             max_disks: DISK_SLOTS,
             max_vcpus: MAX_VCPUS,
+            max_networks: u16::try_from(MAX_NETWORKS).unwrap_or(u16::MAX),
         }
     }
 
@@ -122,6 +129,7 @@ impl Driver for EmbeddedDriver {
             listener.as_fd(),
         ];
         descriptors.extend(spec.console_log.as_ref().map(AsFd::as_fd));
+        descriptors.extend(spec.networks.iter().map(|network| network.tap.as_fd()));
         descriptors.extend(spec.disks.iter().map(|disk| disk.file.as_fd()));
         let request = Request::Start(Box::new(self.config(&spec)));
         vm.start(request, &descriptors).await?;

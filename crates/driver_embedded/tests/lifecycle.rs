@@ -14,9 +14,12 @@ use std::sync::{Arc, OnceLock};
 
 use driver_embedded::{DISK_SLOTS, EmbeddedDriver, EmbeddedOptions};
 use hypervisor::{
-    Disk, DiskAccess, Driver, DriverError, DriverErrorKind, FileSystem, RunningVm, VmExit, VmSpec,
+    Disk, DiskAccess, Driver, DriverError, DriverErrorKind, FileSystem, NetworkInterface,
+    RunningVm, VmExit, VmSpec,
 };
 use ids::{GuestCid, Mib, VcpuCount, VsockPort};
+use network_testbed::{Namespace, is_root};
+use pod_network::{Metadata, PodNetwork};
 use virtio_testdriver::{honest, run_back_end};
 
 #[path = "../../vmm/tests/common/pvh_kernel.rs"]
@@ -68,6 +71,7 @@ fn spec(code: &[u8]) -> VmSpec {
         kernel: file_with(&pvh_kernel(code)),
         initramfs: file_with(b""),
         kernel_arguments: Vec::new(),
+        networks: Vec::new(),
         disks: Vec::new(),
         cid: GuestCid::DEFAULT,
         host_ports: vec![VsockPort(1024)],
@@ -144,6 +148,39 @@ async fn vm_has_one_file_system_in_a_slot_of_its_own() {
     assert_eq!(vm.kill().await, VmExit::Killed);
     let late = vm.attach_file_system(file_system()).await;
     assert_eq!(late.unwrap_err().kind(), DriverErrorKind::Gone);
+}
+
+#[tokio::test]
+async fn taps_are_the_vms_and_go_with_it() {
+    if !is_root() {
+        return;
+    }
+    let pod = Namespace::new();
+    for name in ["eth0", "net1"] {
+        pod.ip(&format!("link add {name} type veth peer name {name}p"));
+        pod.ip(&format!("link set {name} up"));
+    }
+    let taps = || pod.ip("-brief link show").matches("coffer").count();
+    let (_network, plan) = PodNetwork::attach(&pod.path(), Metadata::Denied).unwrap();
+    let mut spec = spec(SPIN);
+    // Cards and disks do not take each other's descriptors.
+    spec.disks = vec![disk("a")];
+    spec.networks = plan
+        .taps
+        .into_iter()
+        .map(|tap| NetworkInterface {
+            tap: tap.tap,
+            mac: tap.interface.mac,
+            mtu: tap.interface.mtu,
+        })
+        .collect();
+    let vm = launch(spec).await.unwrap();
+    assert_eq!(taps(), 2);
+    let dump: serde_json::Value = serde_json::from_str(&vm.dump().await.unwrap()).unwrap();
+    let cards = dump.to_string().matches("\"device\":\"net\"").count();
+    assert_eq!(cards, 2, "{dump}");
+    vm.kill().await;
+    assert_eq!(taps(), 0);
 }
 
 #[tokio::test]

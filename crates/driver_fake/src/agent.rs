@@ -145,7 +145,7 @@ impl service::Agent for Service {
         let exec = request.process.exec_id.clone();
         self.enter("StartExec", &exec).await?;
         let init = self.init(key.container.as_str())?;
-        if !self.guest.runs(&init) {
+        if !self.guest.runs(&init) || self.guest.is_frozen(&key.container) {
             return Err(refuse(Code::FAILED_PRECONDITION, "init does not run"));
         }
         let program = program(&request.process_json)?;
@@ -214,6 +214,52 @@ impl service::Agent for Service {
             processes: self.guest.list(&container(&request.container_id)?),
             ..Default::default()
         })
+    }
+
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRef,
+    ) -> ttrpc::Result<api::Empty> {
+        self.enter("PauseContainer", &request.container_id).await?;
+        let init = self.init(&request.container_id)?;
+        if !self.guest.runs(&init) {
+            return Err(refuse(Code::FAILED_PRECONDITION, "init does not run"));
+        }
+        self.guest.set_frozen(init.container, true);
+        Ok(api::Empty::new())
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRef,
+    ) -> ttrpc::Result<api::Empty> {
+        self.enter("ResumeContainer", &request.container_id).await?;
+        let init = self.init(&request.container_id)?;
+        self.guest.set_frozen(init.container, false);
+        Ok(api::Empty::new())
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::UpdateContainerRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        self.enter("UpdateContainer", &request.container_id).await?;
+        let init = self.init(&request.container_id)?;
+        self.guest.update(init.container, request.resources_json);
+        Ok(api::Empty::new())
+    }
+
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRef,
+    ) -> ttrpc::Result<api::ContainerStats> {
+        self.enter("Stats", &request.container_id).await?;
+        let init = self.init(&request.container_id)?;
+        Ok(self.guest.stats(&init.container))
     }
 
     async fn remove_container(

@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use futures::StreamExt;
 use hypervisor::{
     AttachedDisk, AttachedFileSystem, Capabilities, Disk, Driver, DriverError, DriverErrorKind,
-    FileSystem, RunningVm, VmExit, VmProcesses, VmSpec,
+    FileSystem, NetworkInterface, RunningVm, VmExit, VmProcesses, VmSpec,
 };
 use ids::{DiskSerial, VsockPort};
 use tokio::io::AsyncWriteExt;
@@ -42,6 +42,8 @@ pub struct FakeVm {
     guest: Arc<Guest>,
     exit: watch::Sender<Option<VmExit>>,
     dialled: Mutex<Option<UnixStream>>,
+    /// Taps are open as long as the VM lives.
+    networks: Mutex<Vec<NetworkInterface>>,
     disks: Mutex<BTreeSet<DiskSerial>>,
     file_system: Mutex<Option<FileSystem>>,
     console: Mutex<String>,
@@ -61,6 +63,7 @@ pub fn fake_spec(sandbox: ids::SandboxId) -> io::Result<VmSpec> {
         kernel: null()?,
         initramfs: null()?,
         kernel_arguments: Vec::new(),
+        networks: Vec::new(),
         disks: Vec::new(),
         cid: ids::GuestCid::DEFAULT,
         host_ports: vec![CONTROL_PORT],
@@ -97,6 +100,7 @@ impl Driver for FakeDriver {
         Capabilities {
             name: "fake",
             max_disks: MAX_DISKS,
+            max_networks: 8,
             max_vcpus: 8,
         }
     }
@@ -113,6 +117,7 @@ impl Driver for FakeDriver {
             guest: Guest::new(self.script.clone()),
             exit: watch::Sender::new(None),
             dialled: Mutex::default(),
+            networks: Mutex::new(spec.networks),
             disks: Mutex::new(disks),
             file_system: Mutex::default(),
             console: Mutex::new("Linux version 6.12 (fake)\n".to_owned()),
@@ -187,6 +192,7 @@ impl FakeVm {
 
     /// Ends the VM as `exit` says. Only the first end counts.
     pub fn die(&self, exit: VmExit) {
+        lock(&self.networks).clear();
         self.exit.send_if_modified(|current| {
             let first = current.is_none();
             current.get_or_insert(exit);
@@ -206,6 +212,11 @@ impl FakeVm {
     /// The size of a process's terminal, columns before rows; `exec` is empty for an init.
     pub fn terminal_size(&self, container: &str, exec: &str) -> Option<(u32, u32)> {
         self.guest.size(container, exec)
+    }
+
+    /// The resources that a container was last given, as JSON.
+    pub fn resources(&self, container: &str) -> Option<Vec<u8>> {
+        self.guest.resources(container)
     }
 
     /// The guest tells this, true or not.

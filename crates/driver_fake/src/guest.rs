@@ -3,7 +3,7 @@
 
 //! The fake guest: its containers and processes, their streams and events.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use agent_proto::{ProcessKey, StreamHeader, StreamKind, api};
@@ -30,6 +30,10 @@ struct State {
     processes: BTreeMap<ProcessKey, Process>,
     streams: BTreeMap<(ProcessKey, StreamKind), UnixStream>,
     waiting: BTreeMap<(ProcessKey, StreamKind), oneshot::Sender<UnixStream>>,
+    frozen: BTreeSet<ContainerId>,
+    updates: BTreeMap<ContainerId, Vec<u8>>,
+    /// How often figures were asked for.
+    measured: u64,
     pids: u32,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -260,8 +264,57 @@ impl Guest {
         }
     }
 
+    pub(crate) fn is_frozen(&self, container: &ContainerId) -> bool {
+        self.lock().frozen.contains(container)
+    }
+
+    pub(crate) fn set_frozen(&self, container: ContainerId, frozen: bool) {
+        let mut state = self.lock();
+        if frozen {
+            state.frozen.insert(container);
+        } else {
+            state.frozen.remove(&container);
+        }
+    }
+
+    pub(crate) fn update(&self, container: ContainerId, resources_json: Vec<u8>) {
+        self.lock().updates.insert(container, resources_json);
+    }
+
+    /// The resources that a container was last given, as JSON.
+    pub(crate) fn resources(&self, container: &str) -> Option<Vec<u8>> {
+        let state = self.lock();
+        let mut updates = state.updates.iter();
+        updates
+            .find(|(id, _)| id.as_str() == container)
+            .map(|(_, json)| json.clone())
+    }
+
+    /// Figures that grow with every call, and the number of live processes.
+    pub(crate) fn stats(&self, container: &ContainerId) -> api::ContainerStats {
+        let processes = self.list(container).len();
+        let mut state = self.lock();
+        state.measured = state.measured.saturating_add(1);
+        api::ContainerStats {
+            cpu: Some(api::CpuStats {
+                usage_usec: state.measured.saturating_mul(1000),
+                ..Default::default()
+            })
+            .into(),
+            pids: Some(api::PidsStats {
+                current: u64::try_from(processes).unwrap_or(u64::MAX),
+                limit: u64::MAX,
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        }
+    }
+
     pub(crate) fn remove(&self, container: &ContainerId) {
         let mut state = self.lock();
+        state.frozen.remove(container);
+        state.updates.remove(container);
         state.processes.retain(|key, _| key.container != *container);
         state
             .streams

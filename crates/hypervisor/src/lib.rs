@@ -28,8 +28,8 @@ use tokio::net::UnixStream;
 
 pub use error::{DriverError, DriverErrorKind};
 pub use spec::{
-    AttachedDisk, AttachedFileSystem, Capabilities, Disk, DiskAccess, FileSystem, VmExit,
-    VmProcesses, VmSpec,
+    AttachedDisk, AttachedFileSystem, Capabilities, Disk, DiskAccess, FileSystem, NetworkInterface,
+    VmExit, VmProcesses, VmSpec,
 };
 
 /// A VMM that can run sandboxes.

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use ids::{DiskSerial, GuestCid, Mib, SandboxId, VcpuCount, VsockPort};
@@ -24,6 +25,8 @@ pub struct VmSpec {
     pub initramfs: File,
     /// Kernel arguments after the driver's own, for debugging; from the node's config only, never from a pod.
     pub kernel_arguments: Vec<String>,
+    /// Network cards.
+    pub networks: Vec<NetworkInterface>,
     /// Disks that are there at boot.
     pub disks: Vec<Disk>,
     /// The guest's vsock address.
@@ -32,6 +35,17 @@ pub struct VmSpec {
     pub host_ports: Vec<VsockPort>,
     /// Where the guest's console goes besides memory. The driver stops writing at its cap.
     pub console_log: Option<File>,
+}
+
+/// A network card.
+#[derive(Debug)]
+pub struct NetworkInterface {
+    /// A tap, opened with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, non-blocking; its interface goes when it is closed.
+    pub tap: OwnedFd,
+    /// The address by which the guest finds the card.
+    pub mac: [u8; 6],
+    /// Bytes of the largest IP packet.
+    pub mtu: u16,
 }
 
 /// A disk to attach.
@@ -89,6 +103,8 @@ pub struct Capabilities {
     pub max_disks: u16,
     /// The most vCPUs of a VM.
     pub max_vcpus: u8,
+    /// The most network cards of a VM.
+    pub max_networks: u16,
 }
 
 /// The host processes of a VM.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use ids::{Bytes, ContainerId, SandboxId};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::config::Guest;
 use crate::error::SpecError;
@@ -118,6 +118,16 @@ impl Bundle {
             .linux()
             .as_ref()
             .and_then(|linux| linux.cgroups_path().as_deref())
+    }
+
+    /// The network namespace that the pod is to have, as the CNI has made it; `None` if it is to have none.
+    pub fn network_namespace(&self) -> Option<&std::path::Path> {
+        let namespaces = self.spec.linux().as_ref()?.namespaces().as_ref()?;
+        let network = namespaces
+            .iter()
+            .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)?;
+        let path = network.path().as_deref()?;
+        (!path.as_os_str().is_empty()).then_some(path)
     }
 
     /// Whether init has a terminal.
@@ -244,6 +254,24 @@ mod tests {
     fn sandbox_id_that_leaves_a_directory_is_refused() {
         let json = format!("{{\"{CONTAINER_TYPE}\":\"container\",\"{SANDBOX_ID}\":\"../x\"}}");
         assert!(matches!(bundle(&json), Err(SpecError::Id(_))));
+    }
+
+    #[test]
+    fn network_namespace_is_the_one_with_a_path() {
+        let namespace = |network: &str| {
+            let json = format!(
+                "{{\"ociVersion\":\"1.0.2\",\"linux\":{{\"namespaces\":[{{\"type\":\"pid\",\"path\":\"/p\"}}{network}]}}}}"
+            );
+            let bundle = Bundle::parse(json.as_bytes()).unwrap();
+            bundle.network_namespace().map(std::path::Path::to_path_buf)
+        };
+        assert_eq!(namespace(""), None);
+        assert_eq!(namespace(",{\"type\":\"network\"}"), None);
+        assert_eq!(namespace(",{\"type\":\"network\",\"path\":\"\"}"), None);
+        assert_eq!(
+            namespace(",{\"type\":\"network\",\"path\":\"/run/netns/n\"}"),
+            Some("/run/netns/n".into())
+        );
     }
 
     #[test]

@@ -25,8 +25,12 @@ pub struct RuntimeConfig {
     pub vmm: Vmm,
     /// `[storage]`: images and scratch disks.
     pub storage: Storage,
+    /// `[network]`: what pods may reach.
+    pub network: Network,
     /// `[log]`.
     pub log: Log,
+    /// `[debug]`.
+    pub debug: Debug,
 }
 
 /// `[guest]`: what boots, and how large.
@@ -74,11 +78,34 @@ pub struct Storage {
     pub mkfs_ext4: PathBuf,
 }
 
+/// `[network]`: what pods may reach.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Network {
+    /// `metadata_service`: whether pods reach the node's cloud metadata service, which gives out the node's credentials.
+    pub metadata_service: MetadataService,
+}
+
+/// Whether pods reach the cloud's metadata service.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MetadataService {
+    /// What they send to it is dropped.
+    Denied,
+    /// As far as the CNI's policies let them.
+    Allowed,
+}
+
 /// `[log]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Log {
     /// `level`: the least severe lines that are written; containerd's `-debug` overrides it.
     pub level: LogLevel,
+}
+
+/// `[debug]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Debug {
+    /// `rootfs`: a directory with the tools of debugging shells, which are refused without one.
+    pub rootfs: Option<PathBuf>,
 }
 
 /// The least severe lines that are written.
@@ -122,6 +149,16 @@ impl RuntimeConfig {
                 mkfs_erofs: text.path("storage.mkfs_erofs", "/usr/bin/mkfs.erofs"),
                 mkfs_ext4: text.path("storage.mkfs_ext4", "/usr/sbin/mkfs.ext4"),
             },
+            network: Network {
+                metadata_service: text.choice(
+                    "network.metadata_service",
+                    &[
+                        ("denied", MetadataService::Denied),
+                        ("allowed", MetadataService::Allowed),
+                    ],
+                    MetadataService::Denied,
+                ),
+            },
             log: Log {
                 level: text.choice(
                     "log.level",
@@ -133,6 +170,9 @@ impl RuntimeConfig {
                     ],
                     LogLevel::Info,
                 ),
+            },
+            debug: Debug {
+                rootfs: text.optional_path("debug.rootfs"),
             },
         }
     }
@@ -182,16 +222,21 @@ mod tests {
         assert_eq!(config.guest.default_memory, Mib(512));
         assert_eq!(config.vmm.path, PathBuf::from("/opt/coffer/bin/coffer-vmm"));
         assert_eq!(config.log.level, LogLevel::Info);
+        assert_eq!(
+            config.debug.rootfs, None,
+            "no shell unless the node says so"
+        );
     }
 
     #[test]
     fn values_replace_defaults() {
-        let text = "[guest]\ndefault_vcpus = 2\nkernel = \"/k\"\nkernel_arguments = [\"a=b\"]\n[log]\nlevel = \"debug\"";
+        let text = "[guest]\ndefault_vcpus = 2\nkernel = \"/k\"\nkernel_arguments = [\"a=b\"]\n[log]\nlevel = \"debug\"\n[debug]\nrootfs = \"/d\"";
         let config = RuntimeConfig::parse(text).unwrap();
         assert_eq!(config.guest.default_vcpus.get(), 2);
         assert_eq!(config.guest.kernel, PathBuf::from("/k"));
         assert_eq!(config.guest.kernel_arguments, ["a=b"]);
         assert_eq!(config.log.level, LogLevel::Debug);
+        assert_eq!(config.debug.rootfs, Some(PathBuf::from("/d")));
     }
 
     #[test]

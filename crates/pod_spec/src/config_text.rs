@@ -144,6 +144,14 @@ impl ConfigText {
         }
     }
 
+    /// An absolute path that need not be given.
+    pub(crate) fn optional_path(&mut self, key: &str) -> Option<PathBuf> {
+        match self.take(key)? {
+            toml::Value::String(text) if text.starts_with('/') => Some(PathBuf::from(text)),
+            other => self.mistake(key, "an absolute path", &other, None),
+        }
+    }
+
     /// A whole number within `bounds`, both included.
     pub(crate) fn number<T>(&mut self, key: &str, default: T, bounds: (T, T)) -> T
     where

@@ -3,6 +3,8 @@
 
 //! Why a spec was refused.
 
+use crate::sizing::VmSize;
+
 /// A bundle that Coffer does not run. Each message names the field and says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
@@ -20,6 +22,23 @@ pub enum SpecError {
     /// The process of an exec is not one.
     #[error("the exec's spec is no OCI process")]
     ExecJson(#[source] serde_json::Error),
+    /// The resources of an update are none.
+    #[error("the update holds no OCI LinuxResources")]
+    ResourcesJson(#[source] serde_json::Error),
+    /// An update wants more than the pod's VM has.
+    #[error(
+        "linux.resources.{field} is {wanted}, the pod's VM has {} vCPUs and {} MiB of memory for as long as it runs: make \
+         the pod anew with larger limits",
+        .vm.vcpus.get(), .vm.memory.0
+    )]
+    BeyondVm {
+        /// The field below `linux.resources`.
+        field: &'static str,
+        /// What was asked, with its unit.
+        wanted: String,
+        /// What there is.
+        vm: VmSize,
+    },
     /// A field that the OCI runtime spec requires is missing.
     #[error("config.json has no {0}: the OCI runtime spec requires it for a Linux container")]
     Missing(&'static str),

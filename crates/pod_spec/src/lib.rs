@@ -19,12 +19,18 @@ mod config;
 mod config_text;
 mod error;
 mod mounts;
+mod shell;
 mod sizing;
 mod translate;
+mod update;
 
 pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role};
-pub use config::{Guest, Log, LogLevel, RuntimeConfig, Storage, Vmm};
+pub use config::{
+    Debug, Guest, Log, LogLevel, MetadataService, Network, RuntimeConfig, Storage, Vmm,
+};
 pub use config_text::{ConfigError, ConfigMistake};
 pub use error::SpecError;
+pub use shell::shell_spec;
 pub use sizing::VmSize;
 pub use translate::exec_process;
+pub use update::{MAX_RESOURCES_BYTES, ResourceUpdate};

@@ -31,8 +31,8 @@ pub struct VmSize {
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Limits {
     /// CPU time per period, both in µs.
-    cpu: Option<(u64, u64)>,
-    memory: Option<Bytes>,
+    pub(crate) cpu: Option<(u64, u64)>,
+    pub(crate) memory: Option<Bytes>,
 }
 
 impl Limits {

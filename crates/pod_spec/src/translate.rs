@@ -202,7 +202,7 @@ fn check_device(device: &LinuxDevice) -> Result<(), SpecError> {
     ))
 }
 
-fn check_resources(resources: &LinuxResources) -> Result<(), SpecError> {
+pub(crate) fn check_resources(resources: &LinuxResources) -> Result<(), SpecError> {
     let cpu = resources.cpu().as_ref();
     let memory = resources.memory().as_ref();
     let block = resources.block_io().as_ref();

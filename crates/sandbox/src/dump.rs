@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
+use crate::error::{SandboxError, SandboxErrorKind};
 use crate::input::Reply;
 use crate::owner::{Owner, Shared};
 use crate::vm::VmState;
@@ -81,6 +82,31 @@ pub(crate) async fn answer(shared: Arc<Shared>, mut own: Value, reply: Reply<Val
     }
     // The caller may have gone away.
     drop(reply.send(Ok(own)));
+}
+
+/// Answers with the guest's console.
+pub(crate) async fn console(shared: Arc<Shared>, reply: Reply<String>) {
+    let state = shared.vm.borrow().clone();
+    let vm = match state {
+        VmState::Starting => Err(SandboxError::new(
+            SandboxErrorKind::FailedPrecondition,
+            "the VM is not there yet",
+        )),
+        VmState::Failed(failure) => Err(failure.to_error()),
+        VmState::Launched(vm) => Ok(vm),
+        VmState::Ready(guest) => Ok(Arc::clone(&guest.vm)),
+    };
+    let tail = match vm {
+        Ok(vm) => timeout(LIMIT, vm.console_tail()).await.map_err(|_| {
+            SandboxError::new(
+                SandboxErrorKind::DeadlineExceeded,
+                "the VMM does not answer",
+            )
+        }),
+        Err(error) => Err(error),
+    };
+    // The caller may have gone away.
+    drop(reply.send(tail));
 }
 
 fn described<E: std::fmt::Display>(

@@ -56,6 +56,20 @@ impl Owner {
                     scope,
                     ticket,
                 } => self.signal(process, generation, (signal, scope), ticket),
+                Effect::Pause(container, generation) => {
+                    let shared = Arc::clone(&self.shared);
+                    self.work.spawn(async move {
+                        let result = work::pause(&shared, &container).await;
+                        shared.send(Input::Paused(container, generation, result));
+                    });
+                }
+                Effect::Resume(container, generation) => {
+                    let shared = Arc::clone(&self.shared);
+                    self.work.spawn(async move {
+                        let result = work::resume(&shared, &container).await;
+                        shared.send(Input::Resumed(container, generation, result));
+                    });
+                }
                 Effect::Remove(process, generation) => self.remove(process, generation),
                 Effect::EndVm => self.end_vm(),
             }
@@ -81,6 +95,8 @@ impl Owner {
                 pid,
             },
             Event::OutOfMemory(container) => TaskEvent::OutOfMemory { container },
+            Event::Paused(container) => TaskEvent::Paused { container },
+            Event::Resumed(container) => TaskEvent::Resumed { container },
             Event::Exited(process, pid, exit) => {
                 // Once for each process, whatever the guest tells.
                 tracing::info!(

@@ -57,6 +57,16 @@ pub enum TaskEvent {
         /// The container.
         container: ContainerId,
     },
+    /// `/tasks/paused`
+    Paused {
+        /// The container.
+        container: ContainerId,
+    },
+    /// `/tasks/resumed`
+    Resumed {
+        /// The container.
+        container: ContainerId,
+    },
     /// `/tasks/exit`; once for each process, after its start, and for an init after all its execs'.
     Exited {
         /// The process; its id in the event is the exec's, or the container's for an init.

@@ -10,7 +10,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::{SandboxError, SandboxErrorKind};
 use crate::input::{Input, Reply, Request};
-use crate::request::{CreateTask, Deleted, ExecTask, KillScope, ProcessInfo, ProcessState};
+use crate::request::{
+    CreateTask, Deleted, ExecTask, KillScope, ProcessInfo, ProcessState, TaskStats,
+};
 
 /// Reaches a sandbox from any task. Cheap to clone.
 ///
@@ -125,6 +127,49 @@ impl SandboxHandle {
         self.ask(|reply| Request::Pids(container, reply)).await
     }
 
+    /// Freezes a container; done once nothing in it runs. Signals still arrive: `SIGKILL` ends it at once, others when it
+    /// goes on.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::NotFound`]; [`SandboxErrorKind::FailedPrecondition`] unless it runs, for one that is paused
+    /// already, and for the sandbox container; any kind if it cannot be frozen, and it goes on then.
+    pub async fn pause(&self, container: ContainerId) -> Result<(), SandboxError> {
+        self.ask(|reply| Request::Pause(container, reply)).await
+    }
+
+    /// Lets a paused container go on.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::NotFound`]; [`SandboxErrorKind::FailedPrecondition`] for one that is not paused.
+    pub async fn resume(&self, container: ContainerId) -> Result<(), SandboxError> {
+        self.ask(|reply| Request::Resume(container, reply)).await
+    }
+
+    /// Sets limits of a container that has not ended: the OCI runtime spec's `LinuxResources` as JSON. What is absent
+    /// stays as it is, and so do device rules. All of it is applied, or nothing.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::InvalidArgument`] with the name of a field that cannot be applied;
+    /// [`SandboxErrorKind::ResourceExhausted`] with the VM's size for a limit beyond it;
+    /// [`SandboxErrorKind::Unimplemented`] for the sandbox container, whose limits are the VM's size;
+    /// [`SandboxErrorKind::NotFound`], [`SandboxErrorKind::FailedPrecondition`] after its end.
+    pub async fn update(
+        &self,
+        container: ContainerId,
+        resources_json: Vec<u8>,
+    ) -> Result<(), SandboxError> {
+        self.ask(|reply| Request::Update(container, resources_json, reply))
+            .await
+    }
+
+    /// What a container uses and may use, within a second: if the guest does not say so in time, what it said last.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::NotFound`]; any kind if the guest does not answer and never has.
+    pub async fn stats(&self, container: ContainerId) -> Result<TaskStats, SandboxError> {
+        self.ask(|reply| Request::Stats(container, reply)).await
+    }
+
     /// Ends the sandbox if no task is left; [`Self::ended`] then answers soon.
     ///
     /// # Errors
@@ -154,6 +199,15 @@ impl SandboxHandle {
     /// [`SandboxErrorKind::Unavailable`] after the end.
     pub async fn dump(&self) -> Result<serde_json::Value, SandboxError> {
         self.ask(Request::Dump).await
+    }
+
+    /// The last that the guest wrote to its console, at most 4 KiB; the guest has written it, so it is not to be believed.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::FailedPrecondition`] before the VM is there; what the VM's end was, after it;
+    /// [`SandboxErrorKind::DeadlineExceeded`] if the VMM does not answer; [`SandboxErrorKind::Unavailable`] after the end.
+    pub async fn console(&self) -> Result<String, SandboxError> {
+        self.ask(Request::Console).await
     }
 
     async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T, SandboxError> {

@@ -11,7 +11,9 @@ use task_state::{Exit, Pid, ProcessId, Role};
 use tokio::sync::oneshot;
 
 use crate::error::SandboxError;
-use crate::request::{CreateTask, Deleted, ExecTask, KillScope, ProcessInfo, ProcessState};
+use crate::request::{
+    CreateTask, Deleted, ExecTask, KillScope, ProcessInfo, ProcessState, TaskStats,
+};
 use crate::vm::Failure;
 
 /// Where the answer to a request goes. The caller may have gone away.
@@ -25,6 +27,10 @@ pub(crate) enum Input {
     Created(ContainerId, Generation, Result<Made, SandboxError>),
     /// A process was started, or not; an exec has a number of its own.
     Started(ProcessId, Generation, Result<Option<Pid>, SandboxError>),
+    /// A container was frozen, or not.
+    Paused(ContainerId, Generation, Result<(), SandboxError>),
+    /// A container goes on, or does not.
+    Resumed(ContainerId, Generation, Result<(), SandboxError>),
     /// A process was let go of.
     Removed(ProcessId, Generation),
     /// The guest tells; the sender is waited for before it is asked again.
@@ -56,7 +62,12 @@ pub(crate) enum Request {
     ResizePty(ProcessId, TerminalSize, Reply<()>),
     CloseStdin(ProcessId, Reply<()>),
     Pids(ContainerId, Reply<Vec<ProcessInfo>>),
+    Pause(ContainerId, Reply<()>),
+    Resume(ContainerId, Reply<()>),
+    Update(ContainerId, Vec<u8>, Reply<()>),
+    Stats(ContainerId, Reply<TaskStats>),
     Shutdown(Reply<()>),
     Terminate,
     Dump(Reply<serde_json::Value>),
+    Console(Reply<String>),
 }

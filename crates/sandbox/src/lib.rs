@@ -32,6 +32,7 @@ mod phase;
 mod record;
 mod request;
 mod requests;
+mod stats;
 #[cfg(test)]
 mod tests;
 mod vm;
@@ -46,6 +47,7 @@ pub use host::{
 };
 pub use owner::{Deadlines, SandboxOptions, spawn};
 pub use request::{
-    CreateTask, Deleted, ExecTask, KillScope, ProcessInfo, ProcessState, RootfsMount,
+    CreateTask, Deleted, ExecTask, KillScope, ProcessInfo, ProcessState, RootfsMount, Shell,
+    TaskStats,
 };
 pub use task_state::{Exit, Pid, ProcessId, Status};

@@ -210,6 +210,20 @@ impl Owner {
                 });
                 self.apply_late_size(&process);
             }
+            Input::Paused(container, generation, result) => {
+                self.feed(task_state::Input::Paused {
+                    container,
+                    generation,
+                    result,
+                });
+            }
+            Input::Resumed(container, generation, result) => {
+                self.feed(task_state::Input::Resumed {
+                    container,
+                    generation,
+                    result,
+                });
+            }
             Input::Removed(process, generation) => {
                 self.feed(task_state::Input::Removed {
                     process,

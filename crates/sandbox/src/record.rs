@@ -13,6 +13,7 @@ use task_state::Role;
 use tokio::sync::watch;
 
 use crate::request::CreateTask;
+use crate::stats::Figures;
 
 /// A process's streams and terminal, reached by the owner and by the work that makes the process.
 #[derive(Default)]
@@ -74,6 +75,7 @@ pub(crate) struct ContainerRecord {
     /// Undoes on drop what was made on the host.
     pub(crate) guard: Option<Box<dyn Any + Send>>,
     pub(crate) resized: bool,
+    pub(crate) figures: Arc<Figures>,
 }
 
 /// An exec's record.

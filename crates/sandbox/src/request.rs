@@ -6,11 +6,12 @@
 use std::path::PathBuf;
 
 use agent_client::StdioPaths;
+use agent_proto::api;
 use ids::{ContainerId, ExecId};
 pub use task_state::KillScope;
 use task_state::{Exit, Pid, ProcessId, Status};
 
-/// containerd's `Create`.
+/// containerd's `Create`, or the operator's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CreateTask {
     /// The container's id.
@@ -21,6 +22,17 @@ pub struct CreateTask {
     pub rootfs: Vec<RootfsMount>,
     /// Where init's streams go.
     pub stdio: StdioPaths,
+    /// Set for a debugging shell, which has no bundle; containerd's tasks have none.
+    pub shell: Option<Shell>,
+}
+
+/// A debugging shell: a container with the guest's own processes, network and files in sight.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shell {
+    /// The program and its arguments.
+    pub args: Vec<String>,
+    /// The environment variable `TERM`; empty for none.
+    pub term: String,
 }
 
 /// A mount as a snapshotter hands it over (containerd's `types.Mount`).
@@ -58,7 +70,7 @@ pub struct ProcessState {
     pub bundle: PathBuf,
     /// 0 before there is a process.
     pub pid: Pid,
-    /// Created, running or stopped.
+    /// Created, running, stopped, or about to be paused or paused.
     pub status: Status,
     /// Where the streams go.
     pub stdio: StdioPaths,
@@ -82,4 +94,13 @@ pub struct ProcessInfo {
     pub pid: Pid,
     /// The exec that it is, if containerd started it as one.
     pub exec: Option<ExecId>,
+}
+
+/// Whose figures answer `Stats`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TaskStats {
+    /// A container's in the guest.
+    Guest(Box<api::ContainerStats>),
+    /// The sandbox container stands for the VM: its figures are those of the host processes of the pod.
+    Sandbox,
 }

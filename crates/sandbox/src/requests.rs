@@ -9,6 +9,7 @@ use std::time::SystemTime;
 
 use agent_client::TerminalSize;
 use ids::{ContainerId, ExecId};
+use pod_spec::ResourceUpdate;
 use task_state::{Denied, Effect, Pid, ProcessId, Role, Status, Ticket, View};
 use tokio::sync::watch;
 
@@ -17,8 +18,8 @@ use crate::error::{SandboxError, SandboxErrorKind};
 use crate::input::{Reply, Request};
 use crate::owner::{Owner, Shared};
 use crate::record::{ContainerRecord, ExecRecord};
-use crate::request::{CreateTask, ExecTask, ProcessInfo, ProcessState};
-use crate::{dump, vm, work};
+use crate::request::{CreateTask, ExecTask, ProcessInfo, ProcessState, TaskStats};
+use crate::{dump, stats, vm, work};
 
 impl Owner {
     pub(crate) fn request(&mut self, request: Request) {
@@ -55,6 +56,18 @@ impl Owner {
             Request::ResizePty(process, size, reply) => self.resize(process, size, reply),
             Request::CloseStdin(process, reply) => drop(reply.send(self.close_stdin(&process))),
             Request::Pids(container, reply) => self.pids(container, reply),
+            Request::Pause(container, reply) => {
+                let ticket = self.ticket(Waiting::Done(reply));
+                self.ask(ticket, task_state::Input::Pause(container, ticket));
+            }
+            Request::Resume(container, reply) => {
+                let ticket = self.ticket(Waiting::Done(reply));
+                self.ask(ticket, task_state::Input::Resume(container, ticket));
+            }
+            Request::Update(container, resources, reply) => {
+                self.update(container, &resources, reply);
+            }
+            Request::Stats(container, reply) => self.stats(container, reply),
             Request::Shutdown(reply) => drop(reply.send(self.shutdown())),
             Request::Terminate => {
                 self.closing = true;
@@ -68,6 +81,10 @@ impl Owner {
                 let own = dump::own(self);
                 self.work
                     .spawn(dump::answer(Arc::clone(&self.shared), own, reply));
+            }
+            Request::Console(reply) => {
+                self.work
+                    .spawn(dump::console(Arc::clone(&self.shared), reply));
             }
         }
     }
@@ -110,6 +127,7 @@ impl Owner {
                     disks: Vec::new(),
                     guard: None,
                     resized: false,
+                    figures: Arc::default(),
                 };
                 self.containers.insert(container.clone(), record);
             }
@@ -176,7 +194,7 @@ impl Owner {
         }
         let lives_in_guest = match view.status {
             Status::Stopped => return drop(reply.send(Ok(()))),
-            Status::Running => true,
+            Status::Running | Status::Pausing | Status::Paused => true,
             Status::Created => process.exec.is_none() && view.pid != Pid::NONE,
         };
         if !terminal {
@@ -260,6 +278,57 @@ impl Owner {
             let processes = with_guest_processes(&shared, &container, known).await;
             drop(reply.send(Ok(processes)));
         });
+    }
+
+    fn update(&mut self, container: ContainerId, resources: &[u8], reply: Reply<()>) {
+        let wanted = self.task(&container).and_then(|(role, view)| {
+            if view.status == Status::Stopped {
+                return Err(self.denied(&Denied::InitNotRunning(container.clone())));
+            }
+            let update = ResourceUpdate::parse(resources).map_err(|error| {
+                let message = format!("update container {container}");
+                SandboxError::new(SandboxErrorKind::InvalidArgument, message).because(error)
+            })?;
+            Ok((role, update))
+        });
+        match wanted {
+            Ok((role, update)) => {
+                let shared = Arc::clone(&self.shared);
+                self.work.spawn(async move {
+                    let updated = work::update(&shared, &container, role, &update).await;
+                    drop(reply.send(updated));
+                });
+            }
+            Err(error) => drop(reply.send(Err(error))),
+        }
+    }
+
+    fn stats(&mut self, container: ContainerId, reply: Reply<TaskStats>) {
+        match self.task(&container) {
+            Ok((Role::Sandbox, _)) => drop(reply.send(Ok(TaskStats::Sandbox))),
+            Ok((Role::Guest, _)) => {
+                if let Some(record) = self.containers.get(&container) {
+                    let figures = Arc::clone(&record.figures);
+                    if figures.begin() {
+                        let (shared, figures) = (Arc::clone(&self.shared), Arc::clone(&figures));
+                        self.work
+                            .spawn(stats::ask(shared, container.clone(), figures));
+                    }
+                    self.work.spawn(stats::answer(container, figures, reply));
+                }
+            }
+            Err(error) => drop(reply.send(Err(error))),
+        }
+    }
+
+    /// The role and init of a container that has been made.
+    fn task(&self, container: &ContainerId) -> Result<(Role, View), SandboxError> {
+        let init = ProcessId::init(container.clone());
+        let view = self.known(&init)?;
+        match self.containers.get(container) {
+            Some(record) if view.pid != Pid::NONE => Ok((record.role, view)),
+            _ => Err(self.not_found(&init)),
+        }
     }
 
     fn shutdown(&mut self) -> Result<(), SandboxError> {

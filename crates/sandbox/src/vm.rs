@@ -16,6 +16,7 @@ use agent_proto::{CONTROL_PORT, api};
 use async_trait::async_trait;
 use hypervisor::{RunningVm, VmExit};
 use ids::VsockPort;
+use pod_spec::VmSize;
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
@@ -59,6 +60,7 @@ pub(crate) struct Guest {
     pub(crate) vm: Arc<dyn RunningVm>,
     pub(crate) agent: Arc<AgentClient>,
     pub(crate) disks: Disks,
+    pub(crate) size: VmSize,
 }
 
 impl Failure {
@@ -164,10 +166,11 @@ async fn start(
 ) -> Result<Arc<Guest>, SandboxError> {
     let of = Of::Sandbox(&shared.id);
     let planner = Arc::clone(shared);
+    // The guard is the last to go, whatever fails: values are dropped from the last to the first.
     let PodPlan {
+        guard,
         vm: spec,
         configure,
-        guard,
     } = phase(of, "plan", async {
         blocking(move || planner.host.plan_pod()).await?
     })
@@ -175,6 +178,10 @@ async fn start(
     if *shared.ending.borrow() {
         return Err(stopped_early());
     }
+    let size = VmSize {
+        vcpus: spec.vcpus,
+        memory: spec.memory,
+    };
     let vm = phase(of, "launch", async {
         let launch = shared.driver.launch(spec).await;
         launch.map_err(|error| convert::driver("start the VM", error))
@@ -185,7 +192,7 @@ async fn start(
     tokio::select! {
         biased;
         () = shared.ends() => Err(stopped_early()),
-        guest = boot(shared, &vm, configure) => guest,
+        guest = boot(shared, &vm, size, configure) => guest,
     }
 }
 
@@ -199,6 +206,7 @@ fn stopped_early() -> SandboxError {
 async fn boot(
     shared: &Arc<Shared>,
     vm: &Arc<dyn RunningVm>,
+    size: VmSize,
     mut configure: api::ConfigureSandboxRequest,
 ) -> Result<Arc<Guest>, SandboxError> {
     let of = Of::Sandbox(&shared.id);
@@ -236,6 +244,7 @@ async fn boot(
         vm: Arc::clone(vm),
         agent: Arc::new(agent),
         disks: Disks::new(Arc::clone(vm)),
+        size,
     }))
 }
 

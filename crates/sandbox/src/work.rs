@@ -10,6 +10,7 @@ use std::time::Duration;
 use agent_client::{AgentCode, AgentError, HostStdio, TerminalSize};
 use agent_proto::{ProcessKey, api};
 use ids::{ContainerId, DiskSerial, Generation};
+use pod_spec::ResourceUpdate;
 use task_state::{Pid, ProcessId, Role};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
@@ -388,6 +389,70 @@ pub(crate) async fn resize(
     if let Some(reply) = reply {
         drop(reply.send(result));
     }
+}
+
+/// Freezes a container, or leaves it as it was.
+pub(crate) async fn pause(shared: &Shared, container: &ContainerId) -> Result<(), SandboxError> {
+    let of = Of::Container(&shared.id, container);
+    phase(of, "pause", async {
+        let guest = vm::ready(shared.vm.subscribe()).await?;
+        let request = container_ref(container);
+        let frozen = guest.agent.pause_container(&request).await;
+        if let Err(AgentError::Timeout { .. }) = frozen {
+            // It may be frozen by now, or soon: whoever asked is told that it runs.
+            drop(guest.agent.resume_container(&request).await);
+        }
+        frozen.map_err(|error| convert::agent(format!("pause container {container}"), error))
+    })
+    .await
+}
+
+/// Lets a container go on.
+pub(crate) async fn resume(shared: &Shared, container: &ContainerId) -> Result<(), SandboxError> {
+    let of = Of::Container(&shared.id, container);
+    phase(of, "resume", async {
+        let guest = vm::ready(shared.vm.subscribe()).await?;
+        let thawed = guest
+            .agent
+            .resume_container(&container_ref(container))
+            .await;
+        thawed.map_err(|error| convert::agent(format!("resume container {container}"), error))
+    })
+    .await
+}
+
+/// Sets a container's limits.
+pub(crate) async fn update(
+    shared: &Shared,
+    container: &ContainerId,
+    role: Role,
+    update: &ResourceUpdate,
+) -> Result<(), SandboxError> {
+    let of = Of::Container(&shared.id, container);
+    phase(of, "update", async {
+        let what = || format!("update container {container}");
+        let guest = vm::ready(shared.vm.subscribe()).await?;
+        if role == Role::Sandbox {
+            let message = format!(
+                "update container {container}: it stands for the pod's VM, whose {} vCPUs and {} MiB of memory stay as they \
+                 are while it runs: make the pod anew with other limits",
+                guest.size.vcpus.get(),
+                guest.size.memory.0
+            );
+            return Err(SandboxError::new(SandboxErrorKind::Unimplemented, message));
+        }
+        update.check_fits(guest.size).map_err(|error| {
+            SandboxError::new(SandboxErrorKind::ResourceExhausted, what()).because(error)
+        })?;
+        let request = api::UpdateContainerRequest {
+            container_id: container.to_string(),
+            resources_json: update.guest_json().to_vec(),
+            ..Default::default()
+        };
+        let updated = guest.agent.update_container(&request).await;
+        updated.map_err(|error| convert::agent(what(), error))
+    })
+    .await
 }
 
 /// A process to let go of.

@@ -64,6 +64,9 @@ const F_GETFD: u32 = 1;
 const F_GETFL: u32 = 3;
 const F_SETFL: u32 = 4;
 
+/// TUNSETOFFLOAD (Linux `include/uapi/linux/if_tun.h`).
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
+
 const READ: u32 = 2;
 const WRITE: u32 = 1;
 
@@ -139,6 +142,11 @@ const VCPU: &[Rule] = &[
     ),
     only(
         SYS_ioctl,
+        &[Check::Is(1, TUNSETOFFLOAD)],
+        "a network card that goes live",
+    ),
+    only(
+        SYS_ioctl,
         &[Check::Is(1, KVM_GET_REGS)],
         "saying where a guest failed, saving",
     ),
@@ -168,8 +176,8 @@ const IO: &[Rule] = &[
     allow(SYS_fdatasync, "flushing a disk"),
     allow(SYS_fsync, "flushing a disk"),
     allow(SYS_fallocate, "discard and write-zeroes"),
-    allow(SYS_readv, "vsock streams into guest memory"),
-    allow(SYS_writev, "vsock streams from guest memory"),
+    allow(SYS_readv, "vsock streams and frames into guest memory"),
+    allow(SYS_writev, "vsock streams and frames from guest memory"),
     allow(SYS_recvfrom, "what a vsock stream begins with"),
     allow(SYS_sendto, "answers on vsock streams"),
     allow(SYS_accept4, "vsock streams of the host"),
@@ -215,6 +223,11 @@ const CONTROL: &[Rule] = &[
         SYS_ioctl,
         &[Check::Is(1, KVM_IOEVENTFD)],
         "queues of a live device, after a pause",
+    ),
+    only(
+        SYS_ioctl,
+        &[Check::Is(1, TUNSETOFFLOAD)],
+        "a live network card, after a pause",
     ),
     only(
         SYS_ioctl,

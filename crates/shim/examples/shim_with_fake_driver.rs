@@ -47,10 +47,13 @@ impl Host for FakeHost {
     }
 
     fn plan_container(&self, task: &CreateTask) -> Result<ContainerPlan, SandboxError> {
-        let spec_json = std::fs::read(task.bundle.join("config.json")).map_err(internal)?;
+        let spec_json = match &task.shell {
+            Some(shell) => pod_spec::shell_spec(&shell.args, task.stdio.terminal, &shell.term),
+            None => std::fs::read(task.bundle.join("config.json")).map_err(internal)?,
+        };
         let bundle = pod_spec::Bundle::parse(&spec_json).map_err(internal)?;
         let kind = match bundle.role() {
-            pod_spec::Role::Sandbox => ContainerKind::Sandbox,
+            pod_spec::Role::Sandbox if task.shell.is_none() => ContainerKind::Sandbox,
             _ => ContainerKind::Guest(GuestContainer {
                 spec_json,
                 rootfs: GuestRootfs::Layered(Vec::new()),

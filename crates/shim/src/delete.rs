@@ -25,6 +25,7 @@ use crate::host_cgroup;
 use crate::process::ProcessIdentity;
 use crate::run::{Roots, bundle};
 use crate::socket::remove_socket;
+use crate::start::read_bundle;
 use crate::state_dir::{Leftovers, StateDir};
 
 /// How long a shim may take to end its VM and to report the exits. What is left of containerd's 5 s is for the rest.
@@ -47,7 +48,11 @@ pub(crate) fn delete(args: &ShimArgs, roots: &Roots) -> Result<Vec<u8>, ShimErro
         .and_then(|left| left.shim)
         .map_or(0, |shim| shim.pid);
     let removed = left.as_ref().map_or(Ok(()), remove_sandbox);
-    unmount_all(&bundle(args)?.join("rootfs"))?;
+    let bundle = bundle(args)?;
+    unmount_all(&bundle.join("rootfs"))?;
+    if left.is_some() {
+        sweep_network(&bundle)?;
+    }
     removed?;
     let mut response = DeleteResponse::new();
     response.pid = u32::try_from(pid).unwrap_or_default();
@@ -74,6 +79,17 @@ fn remove_sandbox(left: &Leftovers) -> Result<(), ShimError> {
     left.dir
         .remove()
         .map_err(ShimError::file("remove", left.dir.path()))
+}
+
+/// Takes from the pod's network namespace what a VM that is gone has left there.
+fn sweep_network(bundle: &Path) -> Result<(), ShimError> {
+    // A bundle that cannot be read was never joined to anything.
+    if let Ok(Some(spec)) = read_bundle(bundle)
+        && let Some(namespace) = spec.network_namespace()
+    {
+        pod_network::sweep(namespace).map_err(ShimError::Network)?;
+    }
+    Ok(())
 }
 
 /// Ends a process, which may take `grace` to do so by itself.

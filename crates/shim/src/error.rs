@@ -51,6 +51,9 @@ pub(crate) enum ShimError {
     /// The pod cannot be put into its cgroup.
     #[error("host cgroup")]
     Cgroup(#[from] CgroupError),
+    /// Something is left in the pod's network namespace.
+    #[error("release the pod's network")]
+    Network(#[source] pod_network::NetError),
     /// A file operation failed.
     #[error("{operation} {path}")]
     File {

@@ -16,6 +16,7 @@ use containerd_shim_protos::topics;
 use containerd_shim_protos::types::mount;
 use ids::{ContainerId, Namespace};
 use sandbox::{Exit, RootfsMount, TaskEvent};
+use serde::Serialize;
 
 /// The envelope of `event`, which happened at `now`.
 ///
@@ -33,6 +34,75 @@ pub(crate) fn envelope(
     envelope.topic = topic.to_owned();
     envelope.event = MessageField::some(event);
     Ok(envelope)
+}
+
+/// The container that `event` is about.
+pub(crate) fn container(event: &TaskEvent) -> &ContainerId {
+    match event {
+        TaskEvent::Created { request, .. } => &request.container,
+        TaskEvent::Exited { process, .. } => &process.container,
+        TaskEvent::Started { container, .. }
+        | TaskEvent::ExecAdded { container, .. }
+        | TaskEvent::ExecStarted { container, .. }
+        | TaskEvent::OutOfMemory { container }
+        | TaskEvent::Paused { container }
+        | TaskEvent::Resumed { container }
+        | TaskEvent::Deleted { container, .. } => container,
+    }
+}
+
+/// An event for the operator: a JSON object on one line, with containerd's topic and names.
+#[derive(Serialize)]
+struct Line<'a> {
+    timestamp: &'a str,
+    topic: &'static str,
+    container_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exec_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exit_status: Option<u32>,
+}
+
+/// `event`, which happened at `timestamp`, for the operator.
+///
+/// # Errors
+/// If it cannot be encoded, which none of these can.
+pub(crate) fn line(event: &TaskEvent, timestamp: &str) -> serde_json::Result<String> {
+    let (topic, exec, pid, exit) = match event {
+        TaskEvent::Created { pid, .. } => (topics::TASK_CREATE_EVENT_TOPIC, None, Some(pid), None),
+        TaskEvent::Started { pid, .. } => (topics::TASK_START_EVENT_TOPIC, None, Some(pid), None),
+        TaskEvent::ExecAdded { exec, .. } => {
+            (topics::TASK_EXEC_ADDED_EVENT_TOPIC, Some(exec), None, None)
+        }
+        TaskEvent::ExecStarted { exec, pid, .. } => (
+            topics::TASK_EXEC_STARTED_EVENT_TOPIC,
+            Some(exec),
+            Some(pid),
+            None,
+        ),
+        TaskEvent::OutOfMemory { .. } => (topics::TASK_OOM_EVENT_TOPIC, None, None, None),
+        TaskEvent::Paused { .. } => (topics::TASK_PAUSED_EVENT_TOPIC, None, None, None),
+        TaskEvent::Resumed { .. } => (topics::TASK_RESUMED_EVENT_TOPIC, None, None, None),
+        TaskEvent::Exited { process, pid, exit } => (
+            topics::TASK_EXIT_EVENT_TOPIC,
+            process.exec.as_ref(),
+            Some(pid),
+            Some(exit),
+        ),
+        TaskEvent::Deleted { pid, exit, .. } => {
+            (topics::TASK_DELETE_EVENT_TOPIC, None, Some(pid), Some(exit))
+        }
+    };
+    serde_json::to_string(&Line {
+        timestamp,
+        topic,
+        container_id: container(event).as_str(),
+        exec_id: exec.map(|exec| exec.as_str()),
+        pid: pid.map(|pid| pid.get()),
+        exit_status: exit.map(|exit| exit.status),
+    })
 }
 
 fn message(event: &TaskEvent) -> Result<(&'static str, Any), protobuf::Error> {
@@ -78,6 +148,16 @@ fn message(event: &TaskEvent) -> Result<(&'static str, Any), protobuf::Error> {
             let mut message = task::TaskOOM::new();
             message.container_id = container.to_string();
             any(topics::TASK_OOM_EVENT_TOPIC, &message)
+        }
+        TaskEvent::Paused { container } => {
+            let mut message = task::TaskPaused::new();
+            message.container_id = container.to_string();
+            any(topics::TASK_PAUSED_EVENT_TOPIC, &message)
+        }
+        TaskEvent::Resumed { container } => {
+            let mut message = task::TaskResumed::new();
+            message.container_id = container.to_string();
+            any(topics::TASK_RESUMED_EVENT_TOPIC, &message)
         }
         TaskEvent::Exited { process, pid, exit } => {
             let mut message = task::TaskExit::new();
@@ -191,6 +271,7 @@ mod tests {
                 stdout: "/o".to_owned(),
                 stderr: String::new(),
             },
+            shell: None,
         };
         let event = TaskEvent::Created {
             request: Arc::new(request),
@@ -282,6 +363,20 @@ mod tests {
         assert_eq!(
             (topic.as_str(), oom.container_id.as_str()),
             ("/tasks/oom", "c1")
+        );
+        let (topic, paused): (_, task::TaskPaused) = enveloped(&TaskEvent::Paused {
+            container: container.clone(),
+        });
+        assert_eq!(
+            (topic.as_str(), paused.container_id.as_str()),
+            ("/tasks/paused", "c1")
+        );
+        let (topic, resumed): (_, task::TaskResumed) = enveloped(&TaskEvent::Resumed {
+            container: container.clone(),
+        });
+        assert_eq!(
+            (topic.as_str(), resumed.container_id.as_str()),
+            ("/tasks/resumed", "c1")
         );
         let (topic, deleted): (_, task::TaskDelete) = enveloped(&TaskEvent::Deleted {
             container,

@@ -5,14 +5,14 @@
 //!
 //! One line per event in containerd's own form, `time=… level=… msg="…" key=value`, with the fields of the spans around
 //! it. A line goes out whole in one non-blocking write (at most `PIPE_BUF` bytes, pipe(7)) or is dropped: neither a slow
-//! nor a missing reader may hold up a pod.
+//! nor a missing reader may hold up a pod. The last lines are kept for the operator.
 
 use std::fmt::{self, Write as _};
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::OFlags;
 use tracing::field::{Field, Visit};
@@ -26,18 +26,22 @@ use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use crate::history::History;
+
 /// The longest line that a pipe takes whole (`PIPE_BUF`).
 const MAX_LINE: usize = 4096;
 
-/// Sends every event of this process at or above `level` to the FIFO at `fifo`, with `common` fields on every line.
+/// Sends every event of this process at or above `level` to the FIFO at `fifo` and to `history`, with `common` fields on
+/// every line.
 /// A second call changes nothing.
-pub(crate) fn init(fifo: PathBuf, level: Level, common: &[(&str, &str)]) {
+pub(crate) fn init(fifo: PathBuf, level: Level, common: &[(&str, &str)], history: Arc<History>) {
     let layer = LogLayer {
         common: common_fields(common),
         fifo: Fifo {
             path: fifo,
             open: Mutex::new(None),
         },
+        history,
     };
     let filter = LevelFilter::from_level(level);
     // An error means that a test has installed one already.
@@ -78,6 +82,7 @@ struct LogLayer {
     /// The beginning of each field, ` key=`, and the whole.
     common: Vec<(String, String)>,
     fifo: Fifo,
+    history: Arc<History>,
 }
 
 fn common_fields(fields: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -128,15 +133,22 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for LogLayer {
                 rest.push_str(field);
             }
         }
-        self.fifo
-            .write(line(event.metadata(), &fields.message, &rest).as_bytes());
+        let line = line(event.metadata(), &fields.message, &rest);
+        self.fifo.write(line.as_bytes());
+        self.history.push(&line);
     }
 }
 
-fn line(metadata: &Metadata<'_>, message: &str, fields: &str) -> String {
-    let mut line = String::from("time=\"");
+/// Now, as RFC 3339 has it.
+pub(crate) fn timestamp() -> String {
+    let mut text = String::new();
     // Writing to a string does not fail.
-    let _infallible = SystemTime.format_time(&mut Writer::new(&mut line));
+    let _infallible = SystemTime.format_time(&mut Writer::new(&mut text));
+    text
+}
+
+fn line(metadata: &Metadata<'_>, message: &str, fields: &str) -> String {
+    let mut line = format!("time=\"{}", timestamp());
     let level = match *metadata.level() {
         Level::ERROR => "error",
         Level::WARN => "warning",
@@ -144,6 +156,7 @@ fn line(metadata: &Metadata<'_>, message: &str, fields: &str) -> String {
         Level::DEBUG => "debug",
         Level::TRACE => "trace",
     };
+    // Writing to a string does not fail.
     let _infallible = write!(line, "\" level={level} msg=");
     write_value(&mut line, message);
     line.push_str(fields);
@@ -226,6 +239,7 @@ mod tests {
                 path: path.to_path_buf(),
                 open: Mutex::new(None),
             },
+            history: Arc::default(),
         }
     }
 
@@ -279,9 +293,12 @@ mod tests {
     fn slow_or_missing_reader_blocks_nobody_and_lines_stay_whole() {
         let dir = tempfile::tempdir().unwrap();
         let path = fifo(dir.path());
-        let subscriber = tracing_subscriber::registry().with(layer(&path));
+        let layer = layer(&path);
+        let history = Arc::clone(&layer.history);
+        let subscriber = tracing_subscriber::registry().with(layer);
         tracing::subscriber::with_default(subscriber, || {
             tracing::info!("nobody reads this");
+            assert!(history.since(0).0[0].contains("nobody reads this"));
             let mut first = reader(&path);
             let long = "ä".repeat(MAX_LINE);
             for _ in 0..100 {

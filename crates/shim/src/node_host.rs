@@ -3,8 +3,8 @@
 
 //! The node as a sandbox sees it: bundles and containerd's mounts become a VM and its containers.
 //!
-//! Reads files and calls [`pod_spec`], which decides, and [`pod_storage`], which builds. Whatever these make on the host
-//! is an open file without a name, so a plan has nothing to undo.
+//! Reads files and calls [`pod_spec`], which decides, and [`pod_storage`] and [`pod_network`], which build. What storage
+//! makes on the host is an open file without a name; only a joined network is there to undo.
 
 use std::any::Any;
 use std::fs::File;
@@ -18,9 +18,10 @@ use pod_spec::{Bundle, ContainerSpec, Role, RuntimeConfig, SpecError};
 use pod_storage::{Rootfs, RootfsForm, StorageError, Store};
 use sandbox::{
     ContainerKind, ContainerPlan, CreateTask, GuestContainer, GuestDisk, GuestRootfs, Host,
-    PodPlan, SandboxError, SandboxErrorKind,
+    PodPlan, SandboxError, SandboxErrorKind, Shell,
 };
 
+use crate::network;
 use crate::serve::PodRequest;
 use crate::start::read_bundle;
 
@@ -85,13 +86,31 @@ impl NodeHost {
             copied_mounts: store.copy_files(&spec.copies).map_err(storage_error)?,
         })
     }
+
+    /// A debugging shell, if the node allows any.
+    fn shell(&self, task: &CreateTask, shell: &Shell) -> Result<GuestContainer, SandboxError> {
+        let tools = self.config.debug.rootfs.as_deref().ok_or_else(|| {
+            let message = "this node allows no debugging shells: set debug.rootfs in its config to a directory with \
+                           /bin/sh, and start the pod anew";
+            SandboxError::new(SandboxErrorKind::PermissionDenied, message)
+        })?;
+        tracing::info!(container_id = %task.container, "a debugging shell begins");
+        let rootfs = self
+            .store()?
+            .rootfs(&task.container, &[], tools)
+            .map_err(storage_error)?;
+        Ok(GuestContainer {
+            spec_json: pod_spec::shell_spec(&shell.args, task.stdio.terminal, &shell.term),
+            rootfs: guest_rootfs(rootfs)?,
+            copied_mounts: Vec::new(),
+        })
+    }
 }
 
 impl Host for NodeHost {
     fn plan_pod(&self) -> Result<PodPlan, SandboxError> {
-        let pod = bundle(&self.bundle)?
-            .pod(&self.config.guest)
-            .map_err(spec_error)?;
+        let bundle = bundle(&self.bundle)?;
+        let pod = bundle.pod(&self.config.guest).map_err(spec_error)?;
         let scratch = self.store()?.scratch_disk().map_err(storage_error)?;
         let guest = &self.config.guest;
         let mut configure = api::ConfigureSandboxRequest::new();
@@ -106,13 +125,27 @@ impl Host for NodeHost {
             ..api::Disk::default()
         })
         .into();
+        let kernel = open("guest.kernel", &guest.kernel)?;
+        let initramfs = open("guest.initramfs", &guest.initramfs)?;
+        // Last: whatever fails before has nothing to undo.
+        let metadata = self.config.network.metadata_service;
+        let (networks, guard) = match bundle.network_namespace() {
+            None => (Vec::new(), nothing_to_undo()),
+            Some(namespace) => {
+                let joined = network::join(namespace, metadata)?;
+                configure.interfaces = joined.interfaces;
+                configure.rules = joined.rules;
+                (joined.cards, Box::new(joined.guard) as Box<dyn Any + Send>)
+            }
+        };
         let vm = VmSpec {
             sandbox: self.id.clone(),
             vcpus: pod.size.vcpus,
             memory: pod.size.memory,
-            kernel: open("guest.kernel", &guest.kernel)?,
-            initramfs: open("guest.initramfs", &guest.initramfs)?,
+            kernel,
+            initramfs,
             kernel_arguments: guest.kernel_arguments.clone(),
+            networks,
             disks: vec![scratch],
             cid: GuestCid::DEFAULT,
             host_ports: vec![CONTROL_PORT],
@@ -121,11 +154,17 @@ impl Host for NodeHost {
         Ok(PodPlan {
             vm,
             configure,
-            guard: nothing_to_undo(),
+            guard,
         })
     }
 
     fn plan_container(&self, task: &CreateTask) -> Result<ContainerPlan, SandboxError> {
+        if let Some(shell) = &task.shell {
+            return Ok(ContainerPlan {
+                kind: ContainerKind::Guest(self.shell(task, shell)?),
+                guard: nothing_to_undo(),
+            });
+        }
         let bundle = bundle(&task.bundle)?;
         let sandbox = bundle.sandbox(&task.container).map_err(spec_error)?;
         if sandbox != self.id {
@@ -228,13 +267,16 @@ fn spec_error(error: SpecError) -> SandboxError {
         SpecError::TooLong { .. }
         | SpecError::Json(_)
         | SpecError::ExecJson(_)
+        | SpecError::ResourcesJson(_)
         | SpecError::Missing(_)
         | SpecError::Annotation { .. }
         | SpecError::Id(_) => SandboxErrorKind::InvalidArgument,
         SpecError::HostNamespace(..) | SpecError::Unsupported { .. } => {
             SandboxErrorKind::Unimplemented
         }
-        SpecError::TooLarge { .. } => SandboxErrorKind::ResourceExhausted,
+        SpecError::TooLarge { .. } | SpecError::BeyondVm { .. } => {
+            SandboxErrorKind::ResourceExhausted
+        }
     };
     SandboxError::new(kind, "read the container's spec").because(error)
 }
@@ -257,6 +299,7 @@ fn storage_error(error: StorageError) -> SandboxError {
 mod tests {
     use super::*;
     use ids::ContainerId;
+    use network_testbed::{Namespace, is_root};
     use sandbox::{RootfsMount, StdioPaths};
 
     fn host(dir: &Path, config: &str) -> NodeHost {
@@ -278,13 +321,19 @@ mod tests {
             bundle: dir.to_path_buf(),
             rootfs,
             stdio: StdioPaths::default(),
+            shell: None,
         }
     }
 
     fn spec(dir: &Path, annotations: &str) {
-        let namespaces: Vec<_> = ["mount", "pid", "network", "ipc", "uts"]
+        spec_in(dir, annotations, Path::new(""));
+    }
+
+    fn spec_in(dir: &Path, annotations: &str, network: &Path) {
+        let mut namespaces: Vec<_> = ["mount", "pid", "ipc", "uts"]
             .map(|kind| serde_json::json!({ "type": kind }))
             .into();
+        namespaces.push(serde_json::json!({ "type": "network", "path": network }));
         let annotations: serde_json::Value = serde_json::from_str(annotations).unwrap();
         let spec = serde_json::json!({
             "ociVersion": "1.0.2",
@@ -317,20 +366,24 @@ mod tests {
         );
     }
 
+    /// A config whose guest is there.
+    fn guest(dir: &Path) -> String {
+        for name in ["vmlinux", "initramfs"] {
+            std::fs::write(dir.join(name), name).unwrap();
+        }
+        let path = |name: &str| dir.join(name).to_str().unwrap().to_owned();
+        format!(
+            "[guest]\nkernel = {:?}\ninitramfs = {:?}",
+            path("vmlinux"),
+            path("initramfs")
+        )
+    }
+
     #[test]
     fn pod_is_made_from_its_first_bundle() {
         let dir = tempfile::tempdir().unwrap();
         spec(dir.path(), "{}");
-        for name in ["vmlinux", "initramfs"] {
-            std::fs::write(dir.path().join(name), name).unwrap();
-        }
-        let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
-        let config = format!(
-            "[guest]\nkernel = {:?}\ninitramfs = {:?}",
-            path("vmlinux"),
-            path("initramfs")
-        );
-        let plan = host(dir.path(), &config).plan_pod().unwrap();
+        let plan = host(dir.path(), &guest(dir.path())).plan_pod().unwrap();
         assert_eq!(plan.vm.sandbox.as_str(), "pod1");
         assert_eq!(plan.vm.host_ports, [CONTROL_PORT]);
         assert_eq!(plan.configure.hostname, "web");
@@ -339,6 +392,37 @@ mod tests {
             plan.vm.disks[0].serial.as_str()
         );
         assert!(plan.configure.wall_clock_ns > 0);
+        assert!(plan.vm.networks.is_empty() && plan.configure.interfaces.is_empty());
+    }
+
+    #[test]
+    fn pod_with_a_network_has_its_cards_until_the_plan_is_dropped() {
+        if !is_root() {
+            return;
+        }
+        let pod = Namespace::new();
+        pod.ip("link add eth0 address 02:00:00:00:00:07 type veth peer name eth0p");
+        pod.ip("link set eth0 up");
+        pod.ip("addr add 10.1.2.3/24 dev eth0");
+        let dir = tempfile::tempdir().unwrap();
+        spec_in(dir.path(), "{}", &pod.path());
+        let plan = host(dir.path(), &guest(dir.path())).plan_pod().unwrap();
+        assert_eq!(plan.vm.networks.len(), 1);
+        assert_eq!(plan.vm.networks[0].mac, [2, 0, 0, 0, 0, 7]);
+        assert_eq!(plan.configure.interfaces[0].name, "eth0");
+        assert!(pod.ip("link show").contains("coffer"));
+        drop(plan);
+        assert!(!pod.ip("link show").contains("coffer"));
+        assert!(!pod.run("tc", "qdisc show").contains("ingress"));
+    }
+
+    #[test]
+    fn pod_whose_network_is_gone_is_not_planned() {
+        let dir = tempfile::tempdir().unwrap();
+        spec_in(dir.path(), "{}", Path::new("/nowhere/netns"));
+        let (kind, text) = kind(host(dir.path(), &guest(dir.path())).plan_pod());
+        assert_eq!(kind, SandboxErrorKind::FailedPrecondition);
+        assert!(text.contains("/nowhere/netns"), "{text}");
     }
 
     #[test]
@@ -372,6 +456,46 @@ mod tests {
             text,
             "container pod2 is of sandbox pod2, this is sandbox pod1"
         );
+    }
+
+    fn shell(dir: &Path) -> CreateTask {
+        CreateTask {
+            shell: Some(Shell {
+                args: vec!["/bin/sh".to_owned()],
+                term: String::new(),
+            }),
+            ..task(dir, "coffer-shell-1", vec![])
+        }
+    }
+
+    #[test]
+    fn shell_is_refused_unless_the_config_allows_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (kind, text) = kind(host(dir.path(), "").plan_container(&shell(dir.path())));
+        assert_eq!(kind, SandboxErrorKind::PermissionDenied);
+        assert!(text.contains("set debug.rootfs"), "{text}");
+    }
+
+    #[test]
+    fn shell_has_the_tools_of_the_config() {
+        let dir = tempfile::tempdir().unwrap();
+        let tools = dir.path().join("tools");
+        std::fs::create_dir_all(tools.join("bin")).unwrap();
+        std::fs::write(tools.join("bin/sh"), "tool").unwrap();
+        let config = format!("[debug]\nrootfs = {:?}", tools.to_str().unwrap());
+        let plan = host(dir.path(), &config)
+            .plan_container(&shell(dir.path()))
+            .unwrap();
+        let ContainerKind::Guest(guest) = plan.kind else {
+            panic!("a shell is in the guest")
+        };
+        let GuestRootfs::Layered(layers) = guest.rootfs else {
+            panic!("a directory is an image")
+        };
+        assert_eq!(layers.len(), 1);
+        assert_eq!(layers[0].fs_type, "erofs");
+        let spec: serde_json::Value = serde_json::from_slice(&guest.spec_json).unwrap();
+        assert_eq!(spec["process"]["args"][0], "/bin/sh");
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub struct Roots {
 impl Default for Roots {
     fn default() -> Self {
         Self {
-            state: PathBuf::from("/run/coffer"),
+            state: PathBuf::from(shim_api::STATE_ROOT),
             sockets: PathBuf::from("/run/containerd/s"),
         }
     }

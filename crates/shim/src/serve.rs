@@ -30,6 +30,7 @@ use crate::args::ShimArgs;
 use crate::error::{ShimError, report};
 use crate::handover;
 use crate::host_cgroup;
+use crate::inspect_service::{InspectService, Operator, RecordingSink};
 use crate::log;
 use crate::process::ProcessIdentity;
 use crate::publisher::{Patience, Publisher};
@@ -96,6 +97,7 @@ pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(
         return Err(ShimError::StartDied);
     };
     let config = read_config(args.config.as_deref());
+    let operator = Operator::default();
     let level = match &config {
         _ if args.debug => Level::DEBUG,
         Ok(config) => level(config.log.level),
@@ -109,6 +111,7 @@ pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(
             ("namespace", args.namespace.as_str()),
             ("sandbox_id", args.id.as_str()),
         ],
+        Arc::clone(&operator.log),
     );
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -122,6 +125,7 @@ pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(
             bundle,
             state,
             config,
+            operator,
         };
         runtime.block_on(shim.run(listener, node))
     });
@@ -154,6 +158,7 @@ struct Shim<'a> {
     bundle: PathBuf,
     state: StateDir,
     config: RuntimeConfig,
+    operator: Operator,
 }
 
 impl Shim<'_> {
@@ -182,12 +187,18 @@ impl Shim<'_> {
                 state: self.state.clone(),
             }),
             host: parts.host,
-            events: Arc::new(publisher.clone()),
+            events: Arc::new(RecordingSink {
+                sink: Arc::new(publisher.clone()),
+                operator: self.operator.clone(),
+            }),
             deadlines: parts.deadlines,
         });
         let mut server = Server::new()
             .add_listener(Listener::try_from(listener).map_err(server_error)?)
-            .register_service(TaskService::new(sandbox.clone()).services());
+            .register_service(
+                TaskService::new(sandbox.clone(), Arc::clone(&self.operator.shells)).services(),
+            )
+            .register_service(InspectService::services(sandbox.clone(), self.operator));
         server
             .start()
             .await

@@ -23,16 +23,11 @@ use std::path::{Path, PathBuf};
 use ids::{Namespace, SandboxId};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use shim_api::{REMOVED, SHIM_FILE as SHIM, SOCKET_FILE as SOCKET, VMM_FILE as VMM};
 
 use crate::process::ProcessIdentity;
 
-const SOCKET: &str = "socket";
-const SHIM: &str = "shim.json";
-const VMM: &str = "vmm.json";
 const CGROUPS: &str = "cgroups.json";
-
-/// Between the id and the rest of the name of a directory that is being removed: no id has it.
-const REMOVED: &str = "..removed";
 
 /// How often the directory is made anew when the namespace's is removed meanwhile, with the last other sandbox in it.
 const CREATE_TRIES: u32 = 100;

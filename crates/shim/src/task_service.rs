@@ -20,12 +20,15 @@ use containerd_shim_protos::shim_async::{Task, create_task};
 use ids::{ContainerId, InvalidId};
 use sandbox::{
     CreateTask, ExecTask, KillScope, ProcessId, ProcessInfo, RootfsMount, SandboxErrorKind,
-    SandboxHandle, Status, StdioPaths, TerminalSize,
+    SandboxHandle, Status, StdioPaths, TaskStats, TerminalSize,
 };
 use ttrpc::Code;
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
+use crate::error::report;
 use crate::events::exited_at;
+use crate::metrics;
+use crate::shells::Shells;
 use crate::status::{status, to_status};
 
 /// The service's name up to containerd 1.7, and in 2.x for shims that answer `start` with an address.
@@ -34,16 +37,20 @@ const TASK_V2: &str = "containerd.task.v2.Task";
 /// What `Connect` names as the shim's version: the Task API's.
 const CONNECT_VERSION: &str = "3";
 
+/// The type of an update's resources, as containerd's typeurl package names the OCI runtime spec's `LinuxResources`.
+const RESOURCES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
+
 /// The Task service of one sandbox.
 #[derive(Clone)]
 pub struct TaskService {
     sandbox: SandboxHandle,
+    shells: Arc<Shells>,
 }
 
 impl TaskService {
-    /// The service of `sandbox`.
-    pub fn new(sandbox: SandboxHandle) -> Self {
-        Self { sandbox }
+    /// The service of `sandbox`, whose debugging shells are `shells`.
+    pub(crate) fn new(sandbox: SandboxHandle, shells: Arc<Shells>) -> Self {
+        Self { sandbox, shells }
     }
 
     /// The service under both of its names, for a ttrpc server.
@@ -77,7 +84,9 @@ fn process(id: &str, exec_id: &str) -> ttrpc::Result<ProcessId> {
 fn unimplemented(what: &str) -> ttrpc::Error {
     status(
         Code::UNIMPLEMENTED,
-        format!("{what} is not implemented by the coffer runtime"),
+        format!(
+            "{what} is not implemented by the coffer runtime: a microVM's state cannot be saved yet"
+        ),
     )
 }
 
@@ -101,6 +110,7 @@ fn create_request(request: api::CreateTaskRequest) -> ttrpc::Result<CreateTask> 
             stdout: request.stdout,
             stderr: request.stderr,
         },
+        shell: None,
     })
 }
 
@@ -109,6 +119,8 @@ fn task_status(status: Status) -> api::Status {
         Status::Created => api::Status::CREATED,
         Status::Running => api::Status::RUNNING,
         Status::Stopped => api::Status::STOPPED,
+        Status::Pausing => api::Status::PAUSING,
+        Status::Paused => api::Status::PAUSED,
     }
 }
 
@@ -338,7 +350,15 @@ impl Task for TaskService {
             self.sandbox.terminate().await;
             return Ok(api::Empty::new());
         }
-        match self.sandbox.shutdown().await {
+        let mut ended = self.sandbox.shutdown().await;
+        if ended.is_err() && self.shells.are_alone() {
+            if !self.shells.end_all(&self.sandbox).await {
+                self.sandbox.terminate().await;
+                return Ok(api::Empty::new());
+            }
+            ended = self.sandbox.shutdown().await;
+        }
+        match ended {
             Ok(()) => Ok(api::Empty::new()),
             Err(error) => match error.kind() {
                 SandboxErrorKind::FailedPrecondition | SandboxErrorKind::Unavailable => {
@@ -349,12 +369,26 @@ impl Task for TaskService {
         }
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: api::PauseRequest) -> ttrpc::Result<api::Empty> {
-        Err(unimplemented("pausing a task"))
+    async fn pause(
+        &self,
+        _: &TtrpcContext,
+        request: api::PauseRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let paused = self.sandbox.pause(container(&request.id)?).await;
+        paused
+            .map(|()| api::Empty::new())
+            .map_err(|error| to_status(&error))
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: api::ResumeRequest) -> ttrpc::Result<api::Empty> {
-        Err(unimplemented("resuming a task"))
+    async fn resume(
+        &self,
+        _: &TtrpcContext,
+        request: api::ResumeRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let resumed = self.sandbox.resume(container(&request.id)?).await;
+        resumed
+            .map(|()| api::Empty::new())
+            .map_err(|error| to_status(&error))
     }
 
     async fn checkpoint(
@@ -368,16 +402,38 @@ impl Task for TaskService {
     async fn update(
         &self,
         _: &TtrpcContext,
-        _: api::UpdateTaskRequest,
+        request: api::UpdateTaskRequest,
     ) -> ttrpc::Result<api::Empty> {
-        Err(unimplemented("changing the resources of a task"))
+        let container = container(&request.id)?;
+        let resources = request.resources.into_option().unwrap_or_default();
+        if resources.type_url != RESOURCES_TYPE {
+            let text = format!(
+                "the resources of an update are of type {:?}, {RESOURCES_TYPE:?} was expected",
+                resources.type_url
+            );
+            return Err(status(Code::INVALID_ARGUMENT, text));
+        }
+        let updated = self.sandbox.update(container, resources.value).await;
+        updated
+            .map(|()| api::Empty::new())
+            .map_err(|error| to_status(&error))
     }
 
     async fn stats(
         &self,
         _: &TtrpcContext,
-        _: api::StatsRequest,
+        request: api::StatsRequest,
     ) -> ttrpc::Result<api::StatsResponse> {
-        Err(unimplemented("reading the metrics of a task"))
+        let stats = self.sandbox.stats(container(&request.id)?).await;
+        let metrics = match stats.map_err(|error| to_status(&error))? {
+            TaskStats::Guest(stats) => metrics::of_cgroup_v2(&stats),
+            TaskStats::Sandbox => tokio::task::spawn_blocking(metrics::of_this_process)
+                .await
+                .map_err(|error| status(Code::INTERNAL, error.to_string()))?,
+        };
+        let metrics = metrics.map_err(|error| status(Code::INTERNAL, report(&error)))?;
+        let mut response = api::StatsResponse::new();
+        response.stats = MessageField::some(metrics);
+        Ok(response)
     }
 }

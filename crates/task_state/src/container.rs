@@ -17,6 +17,7 @@ use crate::process::{Exit, Pid, Status};
 ///            │          └───────────┼──────────┴──────────────^              │
 ///            v (failed)             └─ Failing ────────────────^              v
 ///          gone                                                             gone
+///        Running ─> Pausing ─> Paused ─> Resuming ─> Running; each of them ends like Running
 /// exec:  Registered ─> Starting ─> Running ─> Stopped ─> Removing ─> gone
 /// ```
 #[derive(Debug, Clone)]
@@ -45,6 +46,18 @@ pub(crate) enum State<E> {
         error: E,
     },
     Running,
+    /// Init only: the container is to be frozen. The guest is asked once no exec is being started: a process that is
+    /// frozen before it runs would never answer.
+    Pausing {
+        ticket: Ticket,
+        asked: bool,
+    },
+    /// Init only: nothing of the container runs.
+    Paused,
+    /// Init only: the guest was asked to let the container go on.
+    Resuming {
+        ticket: Ticket,
+    },
     /// Init only: has ended, but is reported after the execs that are just being started.
     Held(Exit),
     Stopped(Exit),
@@ -81,6 +94,23 @@ pub(crate) struct Container<E> {
     pub(crate) oom: Oom,
 }
 
+impl<E> Container<E> {
+    /// An exec's view: it is paused with its container.
+    pub(crate) fn exec_view(&self, exec: &Process<E>) -> View {
+        let (mut view, init) = (exec.view(), self.init.view());
+        if view.status == Status::Running && matches!(init.status, Status::Pausing | Status::Paused)
+        {
+            (view.status, view.phase) = (init.status, init.phase);
+        }
+        view
+    }
+
+    /// Whether an exec is just being started.
+    pub(crate) fn starts_an_exec(&self) -> bool {
+        self.execs.values().any(Process::is_starting)
+    }
+}
+
 /// Whether containerd was told of an OOM kill. Once is enough: it only sets a flag, and a guest could send millions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Oom {
@@ -110,6 +140,14 @@ impl<E> Process<E> {
         }
     }
 
+    /// Init only: frozen, or about to be or to go on.
+    pub(crate) fn is_paused(&self) -> bool {
+        matches!(
+            self.state,
+            State::Pausing { .. } | State::Paused | State::Resuming { .. }
+        )
+    }
+
     pub(crate) fn is_starting(&self) -> bool {
         matches!(self.state, State::Starting { .. })
     }
@@ -122,6 +160,9 @@ impl<E> Process<E> {
             State::Starting { .. } => (Status::Created, "starting"),
             State::Failing { .. } => (Status::Created, "failing"),
             State::Running => (Status::Running, "running"),
+            State::Pausing { .. } => (Status::Pausing, "pausing"),
+            State::Paused => (Status::Paused, "paused"),
+            State::Resuming { .. } => (Status::Paused, "resuming"),
             State::Held(_) => (Status::Running, "held"),
             State::Stopped(_) => (Status::Stopped, "stopped"),
             State::Removing(_) => (Status::Stopped, "removing"),

@@ -31,6 +31,17 @@ pub enum Denied {
     /// An exec needs a living init.
     #[error("container {0} does not run")]
     InitNotRunning(ContainerId),
+    /// What is frozen does nothing.
+    #[error("container {0} is paused: resume it first")]
+    Paused(ContainerId),
+    /// There is nothing to resume.
+    #[error("container {0} is not paused")]
+    NotPaused(ContainerId),
+    /// The pod's VM is no process in itself.
+    #[error(
+        "container {0} is the pod's sandbox and has no process of its own: ask for the pod's containers one by one"
+    )]
+    NoProcess(ContainerId),
     /// It was killed or deleted while it was being made or started.
     #[error("{0} was stopped before it could start")]
     Interrupted(ProcessId),
@@ -68,7 +79,10 @@ impl Denied {
             Self::AlreadyStarted(_)
             | Self::NotStarted(_)
             | Self::StillRuns(_)
-            | Self::InitNotRunning(_) => DeniedCode::FailedPrecondition,
+            | Self::InitNotRunning(_)
+            | Self::Paused(_)
+            | Self::NotPaused(_)
+            | Self::NoProcess(_) => DeniedCode::FailedPrecondition,
             Self::Interrupted(_) => DeniedCode::Aborted,
             Self::InvalidSignal(_) => DeniedCode::InvalidArgument,
             Self::VmGone(_) => DeniedCode::Unavailable,

@@ -12,6 +12,7 @@
 //!   started is waited for.
 //! * Every process that was told of ends with exactly one exit, also if the VM dies with it (137), whatever a hostile
 //!   guest says. A process that could not be started is not told of at all.
+//! * A container is paused and resumed in turn. Nothing is started in one that is paused, and it ends like one that runs.
 //! * An OOM kill is told before the exit, once for each task.
 //! * Every ticket is answered exactly once, at the latest when its process is deleted.
 //! * Outcomes and exits carry a [`ids::Generation`]: what concerns an earlier process of the same name has no effect.
@@ -23,6 +24,7 @@ mod container;
 mod denied;
 mod message;
 mod outcomes;
+mod pause;
 mod process;
 mod requests;
 mod signal;

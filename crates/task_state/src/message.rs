@@ -57,6 +57,10 @@ pub enum Input<E> {
     },
     /// Forget a process that has ended or never ran.
     Delete(ProcessId, Ticket),
+    /// Freeze a container.
+    Pause(ContainerId, Ticket),
+    /// Let a frozen container go on.
+    Resume(ContainerId, Ticket),
 
     /// [`Effect::Create`] came to this.
     Created {
@@ -75,6 +79,24 @@ pub enum Input<E> {
         generation: Generation,
         /// An exec's number; an init keeps the one it has.
         result: Result<Option<Pid>, E>,
+    },
+    /// [`Effect::Pause`] came to this; on failure the container goes on.
+    Paused {
+        /// The container.
+        container: ContainerId,
+        /// As in the effect.
+        generation: Generation,
+        /// Why it could not be frozen.
+        result: Result<(), E>,
+    },
+    /// [`Effect::Resume`] came to this; on failure the container is still frozen.
+    Resumed {
+        /// The container.
+        container: ContainerId,
+        /// As in the effect.
+        generation: Generation,
+        /// Why it could not go on.
+        result: Result<(), E>,
     },
     /// [`Effect::Remove`] is done.
     Removed {
@@ -124,6 +146,10 @@ pub enum Effect<E> {
         /// Whom to answer.
         ticket: Option<Ticket>,
     },
+    /// Freeze everything in a container; end with [`Input::Paused`].
+    Pause(ContainerId, Generation),
+    /// Let everything in a container go on; end with [`Input::Resumed`].
+    Resume(ContainerId, Generation),
     /// Pass on the last of a process's output, and let go of what it has in the guest and on the host; end with
     /// [`Input::Removed`].
     Remove(ProcessId, Generation),
@@ -140,7 +166,7 @@ pub enum Answer<E> {
     Exit(Exit),
     /// To `Delete`: the process's number, and how and when it ended.
     Deleted(Pid, Exit),
-    /// To `Kill`.
+    /// To `Kill`, `Pause` and `Resume`.
     Done,
     /// The work for it failed.
     Failed(E),
@@ -149,7 +175,8 @@ pub enum Answer<E> {
 }
 
 /// What containerd is told. Within one container the order is: `Created`, `Started`, any number of execs
-/// (`ExecAdded`, `ExecStarted`, `Exited`), `OutOfMemory`, `Exited`, `Deleted`; containerd docs/runtime-v2.md, "Events".
+/// (`ExecAdded`, `ExecStarted`, `Exited`) and pauses (`Paused`, `Resumed`), `OutOfMemory`, `Exited`, `Deleted`; containerd
+/// docs/runtime-v2.md, "Events". A paused container that is killed exits without being resumed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// A task was made.
@@ -162,6 +189,10 @@ pub enum Event {
     ExecStarted(ContainerId, ExecId, Pid),
     /// The OOM killer has struck; once for each task.
     OutOfMemory(ContainerId),
+    /// Nothing of a container runs any more.
+    Paused(ContainerId),
+    /// A paused container goes on.
+    Resumed(ContainerId),
     /// A process has ended.
     Exited(ProcessId, Pid, Exit),
     /// A task is gone.

@@ -93,6 +93,7 @@ impl<E> Step<'_, E> {
             Err(error) => self.start_failed(id, ticket, ended, error),
         }
         self.release_init(&id.container);
+        self.release_pause(&id.container);
     }
 
     /// Reports a start, and sends on what had waited for it.
@@ -178,7 +179,12 @@ impl<E> Step<'_, E> {
             State::Creating { ended, .. } | State::Starting { ended, .. } => {
                 ended.get_or_insert(exit);
             }
-            State::Created | State::Running | State::Failing { .. } => self.ends(id, exit),
+            State::Created
+            | State::Running
+            | State::Pausing { .. }
+            | State::Paused
+            | State::Resuming { .. }
+            | State::Failing { .. } => self.ends(id, exit),
             State::Registered | State::Held(_) | State::Stopped(_) | State::Removing(_) => {}
         }
     }
@@ -203,6 +209,11 @@ impl<E> Step<'_, E> {
             State::Failing { ticket, error } => {
                 self.stop(id, exit);
                 self.answer(ticket, Answer::Failed(error));
+            }
+            State::Pausing { ticket, .. } | State::Resuming { ticket } => {
+                self.release_init(&id.container);
+                let ended = Denied::InitNotRunning(id.container.clone());
+                self.answer(ticket, Answer::Denied(ended));
             }
             _ => self.release_init(&id.container),
         }
@@ -267,7 +278,13 @@ impl<E> Step<'_, E> {
         }
         match entry.init.state {
             State::Creating { .. } | State::Starting { .. } => entry.oom = Oom::Held,
-            State::Created | State::Failing { .. } | State::Running | State::Held(_) => {
+            State::Created
+            | State::Failing { .. }
+            | State::Running
+            | State::Pausing { .. }
+            | State::Paused
+            | State::Resuming { .. }
+            | State::Held(_) => {
                 entry.oom = Oom::Held;
                 self.publish_held_oom(container);
             }
@@ -295,7 +312,11 @@ impl<E> Step<'_, E> {
         let gone = Answer::Denied(Denied::VmGone(id.clone()));
         let state = std::mem::replace(&mut process.state, State::Stopped(killed));
         match state {
-            State::Created | State::Running => self.stop(id, killed),
+            State::Created | State::Running | State::Paused => self.stop(id, killed),
+            State::Pausing { ticket, .. } | State::Resuming { ticket } => {
+                self.stop(id, killed);
+                self.answer(ticket, gone);
+            }
             State::Held(exit) => self.stop(id, exit),
             State::Starting { ticket, ended } => {
                 let exit = ended.unwrap_or(killed);
@@ -317,7 +338,11 @@ impl<E> Step<'_, E> {
         }
     }
 
-    fn current(&mut self, id: &ProcessId, generation: Generation) -> Option<&mut Process<E>> {
+    pub(crate) fn current(
+        &mut self,
+        id: &ProcessId,
+        generation: Generation,
+    ) -> Option<&mut Process<E>> {
         self.table
             .process_mut(id)
             .filter(|process| process.generation == generation)

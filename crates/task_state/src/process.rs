@@ -107,6 +107,10 @@ pub enum Status {
     Created,
     /// Started, not ended.
     Running,
+    /// About to be frozen.
+    Pausing,
+    /// Frozen.
+    Paused,
     /// Ended, not deleted.
     Stopped,
 }
@@ -117,6 +121,8 @@ impl Status {
         match self {
             Self::Created => "created",
             Self::Running => "running",
+            Self::Pausing => "pausing",
+            Self::Paused => "paused",
             Self::Stopped => "stopped",
         }
     }

@@ -55,6 +55,9 @@ impl<E> Step<'_, E> {
         if entry.execs.contains_key(&exec) {
             return Err(Denied::AlreadyExists(id));
         }
+        if entry.init.is_paused() {
+            return Err(Denied::Paused(container));
+        }
         let lives = matches!(
             entry.init.state,
             State::Created | State::Starting { .. } | State::Running
@@ -73,8 +76,13 @@ impl<E> Step<'_, E> {
         if id.exec.is_some() {
             let entry = self.table.containers.get(&id.container);
             let runs = entry.is_some_and(|entry| matches!(entry.init.state, State::Running));
+            let paused = entry.is_some_and(|entry| entry.init.is_paused());
             if self.table.process(&id).is_some() && !runs {
-                return Err(Denied::InitNotRunning(id.container));
+                return Err(if paused {
+                    Denied::Paused(id.container)
+                } else {
+                    Denied::InitNotRunning(id.container)
+                });
             }
         }
         let process = self.table.known(&id)?;
@@ -157,9 +165,13 @@ impl<E> Step<'_, E> {
         };
         let generation = process.generation;
         match &mut process.state {
-            State::Starting { .. } | State::Failing { .. } | State::Running | State::Held(_) => {
-                return Err(Denied::StillRuns(id));
-            }
+            State::Starting { .. }
+            | State::Failing { .. }
+            | State::Running
+            | State::Pausing { .. }
+            | State::Paused
+            | State::Resuming { .. }
+            | State::Held(_) => return Err(Denied::StillRuns(id)),
             State::Creating { interrupted, .. } => {
                 *interrupted = true;
                 process.deletes.push(ticket);

@@ -64,6 +64,8 @@ impl<E> TaskTable<E> {
                 ticket,
             } => step.kill(process, signal, scope, ticket)?,
             Input::Delete(process, ticket) => step.delete(process, ticket)?,
+            Input::Pause(container, ticket) => step.pause(container, ticket)?,
+            Input::Resume(container, ticket) => step.resume(container, ticket)?,
             Input::Created {
                 container,
                 generation,
@@ -74,6 +76,16 @@ impl<E> TaskTable<E> {
                 generation,
                 result,
             } => step.started(&process, generation, result),
+            Input::Paused {
+                container,
+                generation,
+                result,
+            } => step.paused(container, generation, result),
+            Input::Resumed {
+                container,
+                generation,
+                result,
+            } => step.resumed(container, generation, result),
             Input::Removed {
                 process,
                 generation,
@@ -89,9 +101,13 @@ impl<E> TaskTable<E> {
         Ok(step.effects)
     }
 
-    /// A process, if it is known.
+    /// A process, if it is known. What runs in a paused container is paused too, as with runc's shim.
     pub fn view(&self, process: &ProcessId) -> Option<View> {
-        self.process(process).map(Process::view)
+        let container = self.containers.get(&process.container)?;
+        match &process.exec {
+            None => Some(container.init.view()),
+            Some(exec) => Some(container.exec_view(container.execs.get(exec)?)),
+        }
     }
 
     /// Every process, each container's init before its execs.
@@ -100,7 +116,7 @@ impl<E> TaskTable<E> {
             let init = (ProcessId::init(container.clone()), entry.init.view());
             let execs = entry.execs.iter().map(|(exec, process)| {
                 let id = ProcessId::exec(container.clone(), exec.clone());
-                (id, process.view())
+                (id, entry.exec_view(process))
             });
             std::iter::once(init).chain(execs)
         })
@@ -235,7 +251,7 @@ impl<E> Step<'_, E> {
             return;
         };
         if let State::Held(exit) = entry.init.state
-            && !entry.execs.values().any(Process::is_starting)
+            && !entry.starts_an_exec()
         {
             self.stop(&ProcessId::init(container.clone()), exit);
         }

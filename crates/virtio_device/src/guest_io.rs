@@ -27,8 +27,8 @@ pub enum Direction {
 
 /// A range of guest buffers, as system calls take it.
 ///
-/// Invariant: each iovec lies within guest memory that is borrowed for `'m`, so the mapping
-/// outlives it. What is in that memory may change at any time (the guest runs): nothing here turns
+/// Invariant: each iovec lies within memory that is borrowed for `'m`, the guest's or, to be read only, the host's, so the
+/// mapping outlives it. What is in guest memory may change at any time (the guest runs): nothing here turns
 /// it into a reference.
 pub struct IoSlices<'m> {
     iovecs: Vec<libc::iovec>,
@@ -54,31 +54,10 @@ impl<'m> IoSlices<'m> {
         len: u32,
         direction: Direction,
     ) -> Result<Self, DeviceError> {
-        let access = match direction {
-            Direction::FromGuest => Permissions::Read,
-            Direction::IntoGuest => Permissions::Write,
-        };
-        let memory_error = |source| DeviceError::Memory { source };
-        let mut iovecs = Vec::with_capacity(buffers.segments().len());
-        for segment in buffers.range(offset, len) {
-            let slices = mem.get_slices(segment.addr, segment.len as usize, access);
-            for slice in slices.map_err(memory_error)? {
-                let slice = slice.map_err(memory_error)?;
-                if direction == Direction::IntoGuest {
-                    slice.bitmap().mark_dirty(0, slice.len());
-                }
-                let guard = slice.ptr_guard_mut();
-                iovecs.push(libc::iovec {
-                    iov_base: guard.as_ptr().cast(),
-                    iov_len: guard.len(),
-                });
-            }
-        }
-        Ok(Self {
-            iovecs,
-            direction,
-            memory: PhantomData,
-        })
+        let mut all = Self::empty(direction);
+        all.iovecs.reserve(buffers.segments().len());
+        all.append(mem, buffers, offset, len)?;
+        Ok(all)
     }
 
     /// No bytes; to append to.
@@ -91,10 +70,51 @@ impl<'m> IoSlices<'m> {
         }
     }
 
-    /// Puts `other` behind it, so that one call goes over both; they have one direction.
-    pub fn append(&mut self, other: Self) {
-        debug_assert_eq!(self.direction, other.direction);
-        self.iovecs.extend(other.iovecs);
+    /// Bytes of the host, to be written out before guest memory.
+    #[must_use]
+    pub fn host(bytes: &'m [u8]) -> Self {
+        Self {
+            iovecs: vec![libc::iovec {
+                // Only read from: every call that writes through an iovec asks for the other direction.
+                iov_base: bytes.as_ptr().cast_mut().cast(),
+                iov_len: bytes.len(),
+            }],
+            direction: Direction::FromGuest,
+            memory: PhantomData,
+        }
+    }
+
+    /// Puts `len` bytes of `buffers` from `offset` behind it, so that one call goes over all; see [`IoSlices::new`].
+    ///
+    /// # Errors
+    /// [`DeviceError::Memory`] if guest memory has gone.
+    pub fn append<M: GuestMemory>(
+        &mut self,
+        mem: &'m M,
+        buffers: &Buffers,
+        offset: u32,
+        len: u32,
+    ) -> Result<(), DeviceError> {
+        let access = match self.direction {
+            Direction::FromGuest => Permissions::Read,
+            Direction::IntoGuest => Permissions::Write,
+        };
+        let memory_error = |source| DeviceError::Memory { source };
+        for segment in buffers.range(offset, len) {
+            let slices = mem.get_slices(segment.addr, segment.len as usize, access);
+            for slice in slices.map_err(memory_error)? {
+                let slice = slice.map_err(memory_error)?;
+                if self.direction == Direction::IntoGuest {
+                    slice.bitmap().mark_dirty(0, slice.len());
+                }
+                let guard = slice.ptr_guard_mut();
+                self.iovecs.push(libc::iovec {
+                    iov_base: guard.as_ptr().cast(),
+                    iov_len: guard.len(),
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Bytes left.
@@ -194,7 +214,8 @@ impl<'m> IoSlices<'m> {
         )
     }
 
-    fn advance(&mut self, bytes: usize) {
+    /// Leaves out the first `bytes` bytes of what is left.
+    pub fn advance(&mut self, bytes: usize) {
         let mut left = bytes;
         let mut done = 0usize;
         for iovec in &mut self.iovecs {

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue as Ring, QueueOwnedT, QueueT};
 use virtio_wire::Features;
-use vm_memory::{GuestAddress, GuestMemory};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory};
 
 use crate::chain::ChainRules;
 use crate::{Chain, DeviceError, Interrupt, Progress};
@@ -22,6 +22,13 @@ pub const MAX_CHAINS_PER_WAKE: u32 = 256;
 
 /// Bytes after which one call of [`Queue::serve`] takes no further chain.
 pub const MAX_BYTES_PER_WAKE: u64 = 8 << 20;
+
+/// Bytes of the available ring before its entries, and of an entry (virtio v1.3 §2.7.6).
+const AVAILABLE_HEADER_BYTES: u64 = 4;
+const AVAILABLE_BYTES: u64 = 2;
+/// Bytes of the used ring before its entries, and of an entry (virtio v1.3 §2.7.8).
+const USED_HEADER_BYTES: u64 = 4;
+const USED_BYTES: u64 = 8;
 
 /// A queue's registers and position: what the driver sets up, what is saved, what activation starts from.
 ///
@@ -54,6 +61,9 @@ pub struct Queue {
     index: u16,
     ring: Ring,
     indirect: bool,
+    event_index: bool,
+    /// Chains given back since the driver was last considered for an interrupt.
+    unannounced: u16,
     max_chain_bytes: u32,
 }
 
@@ -96,6 +106,8 @@ impl Queue {
             index,
             ring,
             indirect: features.contains(Features::RING_INDIRECT_DESC),
+            event_index: features.contains(Features::RING_EVENT_IDX),
+            unannounced: 0,
             max_chain_bytes,
         })
     }
@@ -148,8 +160,53 @@ impl Queue {
         head: u16,
         written: u32,
     ) -> Result<(), DeviceError> {
+        self.unannounced = self.unannounced.wrapping_add(1);
         self.ring
             .add_used(mem, head, written)
+            .map_err(|source| self.ring_error(source))
+    }
+
+    /// Gives chains back, each a head and the bytes written, such that the driver sees all of them or none: what a frame in
+    /// several buffers needs (virtio v1.3 §5.1.6.3.2).
+    ///
+    /// # Errors
+    /// As [`Queue::complete`].
+    pub fn complete_all<M: GuestMemory>(
+        &mut self,
+        mem: &M,
+        chains: &[(u16, u32)],
+    ) -> Result<(), DeviceError> {
+        let Some(((head, written), earlier)) = chains.split_last() else {
+            return Ok(());
+        };
+        let mut position = self.ring.next_used();
+        for (head, written) in earlier {
+            self.write_used(mem, position, *head, *written)?;
+            position = position.wrapping_add(1);
+            self.unannounced = self.unannounced.wrapping_add(1);
+        }
+        // The last one moves the ring's index past all of them.
+        self.ring.set_next_used(position);
+        self.complete(mem, *head, *written)
+    }
+
+    fn write_used<M: GuestMemory>(
+        &self,
+        mem: &M,
+        position: u16,
+        head: u16,
+        written: u32,
+    ) -> Result<(), DeviceError> {
+        let slot = position & self.ring.size().wrapping_sub(1);
+        let offset = USED_HEADER_BYTES.saturating_add(u64::from(slot).saturating_mul(USED_BYTES));
+        let entry = u64::from(written) << 32 | u64::from(head);
+        GuestAddress(self.ring.used_ring())
+            .checked_add(offset)
+            .ok_or(virtio_queue::Error::AddressOverflow)
+            .and_then(|at| {
+                mem.write_obj(entry.to_le(), at)
+                    .map_err(virtio_queue::Error::GuestMemory)
+            })
             .map_err(|source| self.ring_error(source))
     }
 
@@ -162,14 +219,36 @@ impl Queue {
         mem: &M,
         interrupt: &dyn Interrupt,
     ) -> Result<(), DeviceError> {
-        if self
+        let mut wanted = self
             .ring
             .needs_notification(mem)
-            .map_err(|source| self.ring_error(source))?
-        {
+            .map_err(|source| self.ring_error(source))?;
+        let unannounced = std::mem::take(&mut self.unannounced);
+        if self.event_index {
+            // The ring counts what it was given one by one; this counts all.
+            let event = self.used_event(mem)?;
+            let past = self.ring.next_used().wrapping_sub(event).wrapping_sub(1);
+            wanted = past < unannounced;
+        }
+        if wanted {
             interrupt.signal_used_queue(self.index);
         }
         Ok(())
+    }
+
+    /// After which used entry the driver wants an interrupt: what follows the available ring (virtio v1.3 §2.7.7).
+    fn used_event<M: GuestMemory>(&self, mem: &M) -> Result<u16, DeviceError> {
+        let offset = AVAILABLE_HEADER_BYTES
+            .saturating_add(u64::from(self.ring.size()).saturating_mul(AVAILABLE_BYTES));
+        GuestAddress(self.ring.avail_ring())
+            .checked_add(offset)
+            .ok_or(virtio_queue::Error::AddressOverflow)
+            .and_then(|at| {
+                mem.load(at, Ordering::Relaxed)
+                    .map_err(virtio_queue::Error::GuestMemory)
+            })
+            .map(u16::from_le)
+            .map_err(|source| self.ring_error(source))
     }
 
     /// Asks the driver for no kicks while the queue is being served (§2.7.10).

@@ -9,6 +9,7 @@ use crate::balloon::BalloonState;
 use crate::block::BlockState;
 use crate::console::ConsoleState;
 use crate::fs::FsState;
+use crate::net::NetState;
 use crate::rng::RngState;
 use crate::vsock::VsockState;
 
@@ -24,6 +25,8 @@ pub enum DeviceState {
     Console(ConsoleState),
     /// File system.
     Fs(FsState),
+    /// Network card.
+    Net(NetState),
     /// Entropy source.
     Rng(RngState),
     /// Socket device.

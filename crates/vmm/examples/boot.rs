@@ -39,6 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         host_ports: Vec::new(),
         console_log: true,
         disks: Vec::new(),
+        networks: Vec::new(),
         disk_slots: 24,
         jail,
     };

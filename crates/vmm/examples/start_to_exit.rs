@@ -94,6 +94,7 @@ fn once(
         host_ports: Vec::new(),
         console_log: false,
         disks: Vec::new(),
+        networks: Vec::new(),
         disk_slots: 24,
         jail: std::env::var_os("COFFER_NO_JAIL")
             .is_none()

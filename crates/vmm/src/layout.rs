@@ -63,9 +63,9 @@ pub const TSS: usize = 0xfffb_d000;
 pub const FIRST_GSI: u32 = 5;
 /// Last input of the IOAPIC.
 pub const LAST_GSI: u32 = 23;
-/// The first window for disks; before it are vsock, console, rng and balloon.
+/// The first window for disks; before it are vsock, console, rng and balloon, behind the disks the network cards.
 pub const FIRST_DISK_SLOT: u16 = 4;
-/// Lines that the disk slots share.
+/// Lines that disks and network cards share.
 const SHARED_LINES: u32 = LAST_GSI - FIRST_GSI + 1 - FIRST_DISK_SLOT as u32;
 /// The most virtio devices: what the command line can declare.
 pub const MAX_DEVICES: u16 = 40;
@@ -139,7 +139,7 @@ pub fn device_at(address: u64) -> Option<(u16, u64)> {
     (index < MAX_DEVICES).then_some((index, offset % MMIO_STRIDE))
 }
 
-/// The interrupt line of device `index`: the first devices have one each, the disk slots behind them share the rest.
+/// The interrupt line of device `index`: the first devices have one each, all behind them share the rest.
 #[must_use]
 pub fn gsi(index: u16) -> u32 {
     let index = u32::from(index);

@@ -7,6 +7,7 @@ mod file_system;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,12 +19,13 @@ use virtio_device::VirtioDevice;
 use virtio_device::balloon::{Backing, BackingSwitch, Balloon, MemoryRelease};
 use virtio_device::block::{Access, Block, BlockOptions, FileDisk};
 use virtio_device::console::{Console, ConsoleLog, LogFile};
+use virtio_device::net::{Net, NetOptions, Tap};
 use virtio_device::rng::{HostEntropy, Rng};
 use virtio_device::vsock::{HostPorts, Vsock, VsockHandle, VsockOptions};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootSource, Entry, cmdline};
-use crate::control::{Config, DiskAccess, DiskConfig};
+use crate::control::{Config, DiskAccess, DiskConfig, MAX_NETWORKS, NetworkConfig};
 use crate::cpu::cpuid;
 use crate::devices::{
     Bus, IoThread, Memory, Signals, Transport, TransportParts, TransportState, WorkerHost,
@@ -65,6 +67,8 @@ pub struct Resources {
     pub host_ports: Box<dyn HostPorts>,
     /// Where the console goes besides memory.
     pub console_log: Option<File>,
+    /// One for each network card of the configuration.
+    pub taps: Vec<OwnedFd>,
     /// One for each disk of the configuration.
     pub disks: Vec<File>,
 }
@@ -86,6 +90,9 @@ pub struct Machine {
     io: Arc<IoThread>,
     /// For disks, whose reads and writes block their thread.
     disk_io: Arc<IoThread>,
+    /// For network cards, whose traffic nothing else shall wait behind; none without them.
+    net_io: Option<Arc<IoThread>>,
+    disk_slots: u16,
     lines: BTreeMap<u32, Arc<EventFd>>,
     disks: BTreeMap<u16, String>,
     /// The slot of the file system device, and its tag.
@@ -130,7 +137,7 @@ impl Machine {
         let vm = create_vm(&resources.kvm)?;
         let memory = Arc::new(memory::map_ram(&blocks)?);
         register_memory(&vm, &memory, &blocks)?;
-        let windows = layout::FIRST_DISK_SLOT.saturating_add(config.disk_slots);
+        let windows = windows(config);
         let source = BootSource {
             kernel: &resources.kernel,
             initramfs: &resources.initramfs,
@@ -145,6 +152,11 @@ impl Machine {
             bus: Arc::new(Bus::new(windows)),
             io: Arc::new(IoThread::start("io", setup.io)?),
             disk_io: Arc::new(IoThread::start("disk", setup.io)?),
+            net_io: match config.networks.as_slice() {
+                [] => None,
+                _ => Some(Arc::new(IoThread::start("net", setup.io)?)),
+            },
+            disk_slots: config.disk_slots,
             lines: BTreeMap::new(),
             disks: BTreeMap::new(),
             file_system: None,
@@ -167,6 +179,7 @@ impl Machine {
         for (disk, file) in config.disks.iter().zip(resources.disks) {
             machine.attach_disk(disk, file)?;
         }
+        machine.add_networks(config, resources.taps)?;
         machine.add_vcpus(vcpus, entry, &ends, setup.vcpu)?;
         Ok(machine)
     }
@@ -251,9 +264,9 @@ impl Machine {
     }
 
     fn free_slot(&self) -> Result<u16, VmmError> {
-        let slots = self.bus.len().saturating_sub(layout::FIRST_DISK_SLOT);
+        let slots = self.disk_slots;
         let file_system = self.file_system.as_ref().map(|(index, _)| *index);
-        (layout::FIRST_DISK_SLOT..self.bus.len())
+        (layout::FIRST_DISK_SLOT..layout::FIRST_DISK_SLOT.saturating_add(slots))
             .find(|index| !self.disks.contains_key(index) && file_system != Some(*index))
             .ok_or(VmmError::NoSlot { slots })
     }
@@ -342,6 +355,21 @@ impl Machine {
         self.add_device(BALLOON_WINDOW, Box::new(balloon))
     }
 
+    fn add_networks(&mut self, config: &Config, taps: Vec<OwnedFd>) -> Result<(), VmmError> {
+        let first = layout::FIRST_DISK_SLOT.saturating_add(config.disk_slots);
+        for ((network, tap), index) in config.networks.iter().zip(taps).zip(first..) {
+            let NetworkConfig { mac, mtu } = *network;
+            let tap = Tap::new(tap).map_err(VmmError::host("take a tap over"))?;
+            let io = Arc::new(tap);
+            let net = Net::new(NetOptions { io, mac, mtu }).map_err(|source| VmmError::Device {
+                name: "net",
+                source,
+            })?;
+            self.add_device(index, Box::new(net))?;
+        }
+        Ok(())
+    }
+
     /// Puts a device into its window, on the thread for its kind.
     fn add_device(
         &mut self,
@@ -350,8 +378,10 @@ impl Machine {
     ) -> Result<(), VmmError> {
         let host = if index < layout::FIRST_DISK_SLOT {
             &self.io
-        } else {
+        } else if index < layout::FIRST_DISK_SLOT.saturating_add(self.disk_slots) {
             &self.disk_io
+        } else {
+            self.net_io.as_ref().unwrap_or(&self.io)
         };
         let host = Arc::clone(host);
         let kicks = Self::kicks(device.queue_sizes().len())?;
@@ -458,6 +488,14 @@ fn vsock(
     })
 }
 
+/// How many windows there are: the first devices, the disk slots, the network cards.
+fn windows(config: &Config) -> u16 {
+    let networks = u16::try_from(config.networks.len()).unwrap_or(u16::MAX);
+    layout::FIRST_DISK_SLOT
+        .saturating_add(config.disk_slots)
+        .saturating_add(networks)
+}
+
 fn check(config: &Config) -> Result<VcpuCount, VmmError> {
     let bad = |reason| Err(VmmError::Config { reason });
     let Some(vcpus) = VcpuCount::new(config.vcpus).filter(|count| count.get() <= MAX_VCPUS) else {
@@ -471,11 +509,23 @@ fn check(config: &Config) -> Result<VcpuCount, VmmError> {
         let (min, max) = (layout::MIN_MEMORY, layout::MAX_MEMORY);
         return bad(format!("{memory} of memory: {min} to {max} are possible"));
     }
+    let networks = config.networks.len();
+    if networks > MAX_NETWORKS {
+        return bad(format!(
+            "{networks} network cards: at most {MAX_NETWORKS} are possible"
+        ));
+    }
     let max_slots = layout::MAX_DEVICES.saturating_sub(layout::FIRST_DISK_SLOT);
     if config.disk_slots > max_slots {
         let slots = config.disk_slots;
         return bad(format!(
             "{slots} disk slots: at most {max_slots} are possible"
+        ));
+    }
+    if windows(config) > layout::MAX_DEVICES {
+        let slots = config.disk_slots;
+        return bad(format!(
+            "{slots} disk slots and {networks} network cards: at most {max_slots} together are possible"
         ));
     }
     Ok(vcpus)

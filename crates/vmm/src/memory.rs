@@ -148,7 +148,9 @@ fn map_pages(
             file_offset,
         )
     };
-    mapped == host.cast()
+    // A core file leaves these out too: what the guest writes here is its own.
+    // SAFETY: the range is the mapping that was just made; the advice does not change its content.
+    mapped == host.cast() && unsafe { libc::madvise(host.cast(), len, libc::MADV_DONTDUMP) } == 0
 }
 
 /// Copies with a buffer on the stack, through `pread`: the file's own position belongs to others.

@@ -144,6 +144,7 @@ fn resources(
     let expected = config
         .disks
         .len()
+        .saturating_add(config.networks.len())
         .saturating_add(4)
         .saturating_add(usize::from(config.console_log));
     if descriptors.len() != expected {
@@ -173,6 +174,11 @@ fn resources(
     } else {
         None
     };
+    let taps = config
+        .networks
+        .iter()
+        .map(|_| next())
+        .collect::<Result<_, _>>()?;
     Ok(Resources {
         kvm,
         kernel,
@@ -180,6 +186,7 @@ fn resources(
         vsock,
         host_ports,
         console_log,
+        taps,
         disks: descriptors.map(File::from).collect(),
     })
 }

@@ -16,6 +16,7 @@ mod agent;
 mod guest;
 mod input;
 mod machine;
+mod net;
 mod virtio;
 mod vsock;
 
@@ -68,6 +69,10 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "mmio_registers",
         run: machine::registers,
+    },
+    Target {
+        name: "net",
+        run: net::net,
     },
     Target {
         name: "queue",

@@ -121,7 +121,7 @@ pub(crate) fn device_state(data: &[u8]) {
         return;
     };
     let mem = TestMemory::new(0x1_0000);
-    let devices: [Box<dyn VirtioDevice<Space>>; 5] = [
+    let devices: [Box<dyn VirtioDevice<Space>>; 6] = [
         Box::new(Balloon::new(
             0x1_0000,
             Arc::new(MemoryRelease::new(
@@ -131,6 +131,7 @@ pub(crate) fn device_state(data: &[u8]) {
         )),
         Box::new(make_block(&memory_file(), Access::ReadWrite)),
         Box::new(Console::new(Arc::default()).expect("a console")),
+        Box::new(crate::net::device().0),
         Box::new(Rng::new(Arc::new(Zeroes))),
         Box::new(make_vsock(&Peers::default()).0),
     ];

@@ -6,6 +6,8 @@
 //! Everything here runs on one event loop. What may block is done on other threads, and no lock is held meanwhile: a slow
 //! mount delays neither a signal nor an event. The table's lock is only ever held for a look or a change.
 
+mod changes;
+
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -66,6 +66,11 @@ pub enum Error {
         /// How long it was waited for.
         seconds: u64,
     },
+    /// There is no such network card.
+    #[error(
+        "the guest has no network card for the pod's interface {0}: its MAC address is not there"
+    )]
+    NoCard(String),
     /// A step failed in the kernel.
     #[error("{step}")]
     Step {
@@ -105,9 +110,11 @@ impl Error {
             Self::BadRequest { .. } | Self::Resource { .. } | Self::Process { spec: true, .. } => {
                 Code::InvalidArgument
             }
-            Self::Process { .. } | Self::NoDisk { .. } | Self::Step { .. } | Self::Internal(_) => {
-                Code::Internal
-            }
+            Self::Process { .. }
+            | Self::NoDisk { .. }
+            | Self::NoCard(_)
+            | Self::Step { .. }
+            | Self::Internal(_) => Code::Internal,
         }
     }
 

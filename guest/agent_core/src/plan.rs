@@ -12,6 +12,7 @@ use ids::{ContainerId, DiskSerial, ExecId, Generation};
 use oci_spec::runtime::{Process, Spec};
 
 use crate::Error;
+use crate::network::NetworkPlan;
 
 /// The most layers under one overlay (`OVL_MAX_STACK` of the kernel).
 pub const MAX_LAYERS: usize = 500;
@@ -38,6 +39,8 @@ pub struct SandboxPlan {
     pub shm_bytes: u64,
     /// Wall clock in ns since the epoch; 0 leaves the guest's clock alone.
     pub wall_clock_ns: u64,
+    /// The pod's network besides loopback.
+    pub network: NetworkPlan,
 }
 
 /// A disk to mount.
@@ -198,6 +201,7 @@ impl SandboxPlan {
                 .transpose()?,
             shm_bytes: request.shm_bytes,
             wall_clock_ns: request.wall_clock_ns,
+            network: NetworkPlan::parse(request.interfaces, request.rules)?,
         })
     }
 }

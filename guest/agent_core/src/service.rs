@@ -155,6 +155,51 @@ impl<S: System> service::Agent for Service<S> {
         })
     }
 
+    async fn pause_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRef,
+    ) -> ttrpc::Result<api::Empty> {
+        let id = parsed(container_id(&request.container_id))?;
+        let agent = self.0.clone();
+        finish(async move { agent.pause(&id).await }).await?;
+        Ok(api::Empty::new())
+    }
+
+    async fn resume_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRef,
+    ) -> ttrpc::Result<api::Empty> {
+        let id = parsed(container_id(&request.container_id))?;
+        let agent = self.0.clone();
+        finish(async move { agent.resume(&id).await }).await?;
+        Ok(api::Empty::new())
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::UpdateContainerRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let id = parsed(container_id(&request.container_id))?;
+        let resources = serde_json::from_slice(&request.resources_json)
+            .map_err(|error| Error::bad("resources_json", error.to_string()));
+        let resources = parsed(resources)?;
+        let agent = self.0.clone();
+        finish(async move { agent.update(&id, resources).await }).await?;
+        Ok(api::Empty::new())
+    }
+
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRef,
+    ) -> ttrpc::Result<api::ContainerStats> {
+        let id = parsed(container_id(&request.container_id))?;
+        parsed(self.0.stats(&id).await)
+    }
+
     async fn remove_container(
         &self,
         _: &TtrpcContext,

@@ -9,15 +9,16 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use agent_proto::api;
 use ids::ContainerId;
 use oci_process::Streams;
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{LinuxResources, Process, Spec};
 
 use crate::Error;
 use crate::plan::{ContainerPlan, SandboxPlan};
 
 /// The machine.
-pub trait System: Send + Sync + 'static {
+pub trait System: Cgroups + Send + Sync + 'static {
     /// Makes what the pod's containers share.
     ///
     /// # Errors
@@ -66,6 +67,33 @@ pub trait System: Send + Sync + 'static {
 
     /// Syncs file systems and ends the machine.
     fn power_off(&self);
+}
+
+/// What can be changed and seen of a container's cgroup while it is there. Every call may block.
+pub trait Cgroups {
+    /// Freezes all processes of a container; answers once they are.
+    ///
+    /// # Errors
+    /// [`Error`], also if that takes too long; none of them is frozen then.
+    fn freeze(&self, container: &ContainerId) -> Result<(), Error>;
+
+    /// Lets the processes of a container go on, frozen or not.
+    ///
+    /// # Errors
+    /// [`Error`].
+    fn thaw(&self, container: &ContainerId) -> Result<(), Error>;
+
+    /// Sets the limits that are there; devices are left as they are.
+    ///
+    /// # Errors
+    /// [`Error::Resource`] for what cannot be applied; what was set before it has been set back.
+    fn update(&self, container: &ContainerId, resources: &LinuxResources) -> Result<(), Error>;
+
+    /// What a container uses and may use.
+    ///
+    /// # Errors
+    /// [`Error`] if it has no cgroup.
+    fn stats(&self, container: &ContainerId) -> Result<api::ContainerStats, Error>;
 }
 
 /// A process to make.

@@ -12,6 +12,8 @@
 //! Invariants: a process's exit is given out once; not before [`ProcessTable::started`] for an exec; and a container's
 //! init's not before those of its execs (containerd's runtime-v2: init's exit is the container's last).
 
+mod changes;
+
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -89,6 +91,9 @@ struct Container<G> {
     execs: BTreeMap<ExecId, Entry>,
     removed: watch::Sender<bool>,
     oom_kills: u64,
+    /// Its cgroup is being changed.
+    changing: bool,
+    frozen: bool,
 }
 
 /// All containers and processes that the host has asked for. `G` lets a created init run.
@@ -158,6 +163,8 @@ impl<G> ProcessTable<G> {
             execs: BTreeMap::new(),
             removed,
             oom_kills: 0,
+            changing: false,
+            frozen: false,
         };
         self.containers.insert(key.container.clone(), container);
         Ok(receiver)
@@ -179,6 +186,9 @@ impl<G> ProcessTable<G> {
         let Some((_, init)) = &container.init.process else {
             return Err(wrong(id, "is not running"));
         };
+        if container.frozen {
+            return Err(wrong(id, "is paused"));
+        }
         if container.execs.contains_key(exec) {
             return Err(Error::AlreadyExists {
                 what: "exec",
@@ -446,6 +456,7 @@ impl<G> ProcessTable<G> {
                     "init": pid(&container.init),
                     "execs": execs,
                     "oom_kills": container.oom_kills,
+                    "frozen": container.frozen,
                 });
                 (id.to_string(), value)
             })

@@ -8,18 +8,20 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex};
 
 use agent_core::{
-    Agent, Code, ContainerPlan, Error, Gate, Job, Launched, RootfsPlan, SandboxPlan, StdioPlan,
-    System,
+    Agent, Cgroups, Code, ContainerPlan, Error, ExecPlan, Gate, Job, Launched, RootfsPlan,
+    SandboxPlan, StdioPlan, System,
 };
 use agent_proto::{ProcessKey, api};
 use ids::{ContainerId, Generation};
 use oci_process::Streams;
+use oci_spec::runtime::LinuxResources;
 
 #[derive(Default)]
 struct Fake {
     log: Mutex<Vec<String>>,
     oom_kills: Mutex<u64>,
     fail_ready: bool,
+    fail_freeze: bool,
     /// While it is shut, mounts take for ever.
     mounts: (Mutex<bool>, Condvar),
 }
@@ -83,6 +85,34 @@ impl System for Fake {
     }
 
     fn power_off(&self) {}
+}
+
+impl Cgroups for Fake {
+    fn freeze(&self, container: &ContainerId) -> Result<(), Error> {
+        if container.as_str() == "slow" {
+            let open = self.mounts.0.lock().unwrap();
+            drop(self.mounts.1.wait_while(open, |open| !*open).unwrap());
+        }
+        self.note(format!("freeze {container}"));
+        if self.fail_freeze {
+            return Err(Error::Internal("freezing"));
+        }
+        Ok(())
+    }
+
+    fn thaw(&self, container: &ContainerId) -> Result<(), Error> {
+        self.note(format!("thaw {container}"));
+        Ok(())
+    }
+
+    fn update(&self, container: &ContainerId, _: &LinuxResources) -> Result<(), Error> {
+        self.note(format!("update {container}"));
+        Ok(())
+    }
+
+    fn stats(&self, _: &ContainerId) -> Result<api::ContainerStats, Error> {
+        Ok(api::ContainerStats::default())
+    }
 }
 
 impl Launched for Process {
@@ -178,4 +208,82 @@ async fn slow_mount_delays_neither_signals_nor_events() {
     assert_eq!(error.code(), Code::AlreadyExists);
     agent.system().open_mounts();
     slow.await.unwrap().unwrap();
+}
+
+fn exec_plan() -> ExecPlan {
+    ExecPlan {
+        key: ProcessKey {
+            exec: Some("e".parse().unwrap()),
+            generation: Generation(2),
+            ..plan("c").key
+        },
+        process: oci_spec::runtime::Process::default(),
+        stdio: StdioPlan::default(),
+    }
+}
+
+#[tokio::test]
+async fn frozen_container_takes_no_exec_until_it_is_thawed() {
+    let agent = Agent::new(Arc::new(Fake::default()));
+    let id = "c".parse().unwrap();
+    let error = agent.pause(&id).await.unwrap_err();
+    assert_eq!(error.code(), Code::NotFound);
+    agent.create_container(plan("c")).await.unwrap();
+    let error = agent.pause(&id).await.unwrap_err();
+    assert_eq!(error.code(), Code::FailedPrecondition, "not started");
+    agent.start_container(&id).await.unwrap();
+    agent.pause(&id).await.unwrap();
+    let error = agent.pause(&id).await.unwrap_err();
+    assert_eq!(error.to_string(), "container c is paused");
+    let error = agent.start_exec(exec_plan()).await.unwrap_err();
+    assert_eq!(error.to_string(), "container c is paused");
+    agent.update(&id, LinuxResources::default()).await.unwrap();
+    let error = agent.start_exec(exec_plan()).await.unwrap_err();
+    assert_eq!(error.to_string(), "container c is paused");
+    agent.signal(&plan("c").key, 9, false).await.unwrap();
+    agent.resume(&id).await.unwrap();
+    agent.resume(&id).await.unwrap();
+    agent.start_exec(exec_plan()).await.unwrap();
+    assert_eq!(
+        *agent.system().log.lock().unwrap(),
+        [
+            "make c", "freeze c", "update c", "signal 9", "thaw c", "thaw c"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn container_that_cannot_be_frozen_goes_on() {
+    let agent = Agent::new(Arc::new(Fake {
+        fail_freeze: true,
+        ..Fake::default()
+    }));
+    let id = "c".parse().unwrap();
+    agent.create_container(plan("c")).await.unwrap();
+    agent.start_container(&id).await.unwrap();
+    assert_eq!(agent.pause(&id).await.unwrap_err().code(), Code::Internal);
+    agent.start_exec(exec_plan()).await.unwrap();
+}
+
+#[tokio::test]
+async fn one_change_of_a_container_at_a_time() {
+    let agent = Agent::new(Arc::new(Fake::default()));
+    let id: ContainerId = "slow".parse().unwrap();
+    agent.system().open_mounts();
+    agent.create_container(plan("slow")).await.unwrap();
+    agent.start_container(&id).await.unwrap();
+    *agent.system().mounts.0.lock().unwrap() = false;
+    let mut slow = Box::pin(agent.pause(&id));
+    tokio::select! {
+        biased;
+        _ = &mut slow => unreachable!("it is held"),
+        () = tokio::task::yield_now() => {}
+    }
+    let resources = LinuxResources::default();
+    let error = agent.update(&id, resources.clone()).await.unwrap_err();
+    assert_eq!(error.to_string(), "container slow is being changed");
+    agent.stats(&id).await.unwrap();
+    agent.system().open_mounts();
+    slow.await.unwrap();
+    agent.update(&id, resources).await.unwrap();
 }

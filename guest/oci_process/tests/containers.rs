@@ -70,6 +70,10 @@ const TESTS: &[(&str, Test)] = &[
         program_that_is_none_fails_at_start,
     ),
     ("exec_joins_the_container", exec_joins_the_container),
+    (
+        "debugging_shell_sees_all_of_the_machine",
+        debugging_shell_sees_all_of_the_machine,
+    ),
     ("terminal_is_handed_over", terminal_is_handed_over),
     ("masked_paths_are_empty", masked_paths_are_empty),
     (
@@ -250,6 +254,47 @@ fn container_sees_its_own_world(bed: &Bed) {
     ] {
         assert!(lines.contains(&device), "{device}: {text}");
     }
+}
+
+fn debugging_shell_sees_all_of_the_machine(bed: &Bed) {
+    let script = "cat /proc/1/comm; readlink /proc/self/ns/net; \
+                  ls /sys/class >/dev/null && echo sysfs; test -e /dev/null && echo dev; \
+                  touch /own && echo written; exit 7";
+    let args = ["/bin/sh", "-c", script].map(str::to_owned);
+    let mut value: Value = serde_json::from_slice(&pod_spec::shell_spec(&args, false, "")).unwrap();
+    // The machine of a test need not have them all, as the guest has.
+    let capabilities = ["CAP_CHOWN", "CAP_DAC_OVERRIDE"];
+    for set in ["bounding", "effective", "permitted"] {
+        value["process"]["capabilities"][set] = json!(capabilities);
+    }
+    let spec: Spec = serde_json::from_value(value).unwrap();
+    let (launched, mut output) = bed.launch(&spec);
+    let launched = launched.unwrap();
+    let pid = launched.pid();
+    let (ready, _) = launched
+        .ready()
+        .unwrap_or_else(|error| panic!("{}", error.chain()));
+    ready
+        .start()
+        .unwrap_or_else(|error| panic!("{}", error.chain()));
+    let mut text = String::new();
+    output.read_to_string(&mut text).unwrap();
+    assert_eq!(wait(pid), 7, "{text}");
+    let read = |path: &str| std::fs::read_to_string(path).unwrap();
+    let network = std::fs::read_link("/proc/self/ns/net").unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(
+        lines[..4],
+        [
+            read("/proc/1/comm").trim(),
+            network.to_str().unwrap(),
+            "sysfs",
+            "dev"
+        ],
+        "{text}"
+    );
+    assert_eq!(lines[4], "written", "{text}");
+    std::fs::remove_file(bed.root().join("own")).unwrap();
 }
 
 fn mounts_are_as_the_spec_says(bed: &Bed) {

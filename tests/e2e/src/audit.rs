@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use crate::processes;
+use crate::{command, processes};
 
 /// Where Coffer and containerd keep what belongs to a pod. `/run/containerd/fifo` is `ctr`'s own: it forgets the pipes of a
 /// task that was lost.
@@ -68,6 +68,12 @@ impl Audit {
         {
             lines.insert(format!("network interface {}", link.file_name().display()));
         }
+        for namespace in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
+            let name = namespace.file_name().to_string_lossy().into_owned();
+            for line in inside(&name) {
+                lines.insert(format!("network namespace {name}: {line}"));
+            }
+        }
         for directory in STATE_DIRECTORIES {
             walk(Path::new(directory), &mut |path| {
                 lines.insert(format!("file {}", path.display()));
@@ -118,6 +124,20 @@ fn is_kept(line: &str) -> bool {
         || namespaces.iter().flatten().any(|folder| folder == line)
         || line == "file /run/containerd/io.containerd.grpc.v1.cri/sandboxes"
         || line == "file /run/containerd/io.containerd.grpc.v1.cri/containers"
+}
+
+/// The interfaces and the queueing disciplines of a named network namespace: taps and their joints are there.
+fn inside(namespace: &str) -> Vec<String> {
+    let links = command::run("ip", &["-n", namespace, "-brief", "link", "show"]).stdout;
+    let names = links
+        .lines()
+        .filter_map(|line| line.split_whitespace().next());
+    let qdiscs = command::run("tc", &["-n", namespace, "qdisc", "show"]).stdout;
+    // Those of the interfaces themselves come and go with them.
+    let filters = qdiscs
+        .lines()
+        .filter(|line| line.contains("ingress") || line.contains("clsact"));
+    names.chain(filters).map(str::to_owned).collect()
 }
 
 fn walk(path: &Path, visit: &mut impl FnMut(&Path)) {

@@ -3,6 +3,8 @@
 
 //! Containers by `ctr`, as a person would run them.
 
+use std::collections::HashMap;
+
 use crate::command::{Output, eventually, run, run_with_input, spawn};
 use crate::{BUSYBOX, RUNTIME};
 
@@ -79,7 +81,25 @@ impl Container {
         run("ctr", &["task", "kill", "--signal", signal, &self.id])
     }
 
-    /// What containerd says of its task: "RUNNING", "STOPPED", or nothing.
+    /// Freezes it.
+    pub fn pause(&self) -> Output {
+        run("ctr", &["task", "pause", &self.id])
+    }
+
+    /// Has it go on.
+    pub fn resume(&self) -> Output {
+        run("ctr", &["task", "resume", &self.id])
+    }
+
+    /// What it uses; see [`metrics`].
+    ///
+    /// # Panics
+    /// If containerd cannot say.
+    pub fn metrics(&self) -> HashMap<String, u64> {
+        metrics("default", &self.id)
+    }
+
+    /// What containerd says of its task: "RUNNING", "PAUSED", "STOPPED", or nothing.
     pub fn status(&self) -> Option<String> {
         let tasks = run("ctr", &["task", "ls"]).stdout;
         let line = tasks
@@ -127,4 +147,18 @@ impl Drop for Container {
         run("ctr", &["task", "delete", "--force", &self.id]);
         run("ctr", &["container", "delete", &self.id]);
     }
+}
+
+/// What `ctr task metrics` says of a task in a namespace of containerd: "cpu.usage_usec", "memory.usage",
+/// "pids.current" and so on.
+///
+/// # Panics
+/// If containerd cannot say.
+pub fn metrics(namespace: &str, id: &str) -> HashMap<String, u64> {
+    let table = run("ctr", &["-n", namespace, "task", "metrics", id]).success();
+    let line = |line: &str| {
+        let mut words = line.split_whitespace();
+        Some((words.next()?.to_owned(), words.next()?.parse().ok()?))
+    };
+    table.stdout.lines().filter_map(line).collect()
 }

@@ -20,7 +20,7 @@ mod processes;
 
 pub use audit::Audit;
 pub use command::{DEADLINE, Output, eventually, run, run_with_input, spawn};
-pub use container::Container;
+pub use container::{Container, metrics};
 pub use node::{ConfigChange, Node};
 pub use processes::{children_named, named, parent_of, process_exists};
 

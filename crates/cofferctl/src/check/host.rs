@@ -108,7 +108,7 @@ pub(super) fn tun(device: &Path) -> Outcome {
         Ok(_) => Outcome::ok("there"),
         Err(error) => Outcome::warning(
             format!(
-                "{} cannot be opened ({error}): pods have no network",
+                "{} cannot be opened ({error}): pods with a network do not start",
                 device.display()
             ),
             "load the module (modprobe tun)",

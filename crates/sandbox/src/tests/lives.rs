@@ -363,6 +363,23 @@ async fn pids_name_what_lives() {
 }
 
 #[tokio::test]
+async fn console_is_the_guests_until_the_end() {
+    let script = Script::new();
+    let pod = Pod::new(&script);
+    pod.run("web", &["sleep"]).await;
+    assert_eq!(
+        pod.sandbox.console().await.unwrap(),
+        "Linux version 6.12 (fake)\n"
+    );
+    pod.sandbox.terminate().await;
+    pod.nothing_is_left().await;
+    assert_eq!(
+        kind(pod.sandbox.console().await),
+        SandboxErrorKind::Unavailable
+    );
+}
+
+#[tokio::test]
 async fn dump_shows_processes_calls_and_vm() {
     let script = Script::new();
     let pod = Pod::new(&script);

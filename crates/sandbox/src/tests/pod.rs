@@ -34,6 +34,8 @@ impl EventSink for Told {
                 container, exec, ..
             } => format!("started {container}/{exec}"),
             TaskEvent::OutOfMemory { container } => format!("oom {container}"),
+            TaskEvent::Paused { container } => format!("paused {container}"),
+            TaskEvent::Resumed { container } => format!("resumed {container}"),
             TaskEvent::Exited { process, exit, .. } => match process.exec {
                 None => format!("exited {} {}", process.container, exit.status),
                 Some(exec) => format!("exited {}/{exec} {}", process.container, exit.status),
@@ -172,6 +174,7 @@ impl Pod {
             bundle: PathBuf::from("/bundle"),
             rootfs: Vec::new(),
             stdio: StdioPaths::default(),
+            shell: None,
         }
     }
 

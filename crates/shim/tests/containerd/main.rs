@@ -4,6 +4,8 @@
 //! The shim from containerd's side, without KVM.
 
 #[cfg(test)]
+mod inspect;
+#[cfg(test)]
 mod process;
 #[cfg(test)]
 mod service;

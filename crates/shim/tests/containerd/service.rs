@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use containerd_shim_protos::api;
+use containerd_shim_protos::cgroups::metrics::Metrics as MetricsV1;
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::events::task::{TaskCreate, TaskExecStarted, TaskExit};
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
@@ -129,6 +131,40 @@ impl Pod {
         self.task.state(patiently(), &request).await
     }
 
+    async fn pause(&self) -> ttrpc::Result<()> {
+        let request = api::PauseRequest {
+            id: "c1".to_owned(),
+            ..Default::default()
+        };
+        self.task.pause(patiently(), &request).await.map(drop)
+    }
+
+    async fn resume(&self) -> ttrpc::Result<()> {
+        let request = api::ResumeRequest {
+            id: "c1".to_owned(),
+            ..Default::default()
+        };
+        self.task.resume(patiently(), &request).await.map(drop)
+    }
+
+    async fn stats(&self) -> ttrpc::Result<Any> {
+        let request = api::StatsRequest {
+            id: "c1".to_owned(),
+            ..Default::default()
+        };
+        let response = self.task.stats(patiently(), &request).await?;
+        Ok(response.stats.unwrap_or_default())
+    }
+
+    async fn update(&self, type_url: &str, json: &str) -> ttrpc::Result<()> {
+        let request = api::UpdateTaskRequest {
+            id: "c1".to_owned(),
+            resources: Some(resources(type_url, json)).into(),
+            ..Default::default()
+        };
+        self.task.update(patiently(), &request).await.map(drop)
+    }
+
     async fn shutdown(&self, now: bool) {
         let request = api::ShutdownRequest {
             id: "c1".to_owned(),
@@ -162,6 +198,17 @@ impl Pod {
     fn is_gone(&self) {
         assert!(self.shim.ended_within(PATIENCE));
         assert_eq!(self.containerd.leftovers(), [] as [PathBuf; 0]);
+    }
+}
+
+/// The type of an update's resources.
+const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
+
+fn resources(type_url: &str, json: &str) -> Any {
+    Any {
+        type_url: type_url.to_owned(),
+        value: json.as_bytes().to_vec(),
+        ..Any::default()
     }
 }
 
@@ -480,27 +527,152 @@ async fn every_call_about_an_unknown_task_says_so() {
 }
 
 #[tokio::test]
-async fn calls_that_are_not_there_yet_say_so() {
+async fn checkpoints_are_not_there_yet_and_say_so() {
     let pod = Pod::of(&["sleep"]).await;
-    let task = &pod.task;
+    let request = api::CheckpointTaskRequest::default();
+    match pod.task.checkpoint(patiently(), &request).await {
+        Err(ttrpc::Error::RpcStatus(status)) => {
+            assert_eq!(status.code(), Code::UNIMPLEMENTED);
+            assert_eq!(
+                status.message,
+                "checkpointing a task is not implemented by the coffer runtime: a microVM's state cannot be saved yet"
+            );
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn pause_and_resume_show_in_state_and_events() {
+    let mut pod = Pod::of(&["sleep"]).await;
+    assert_eq!(code(pod.pause().await), Code::NOT_FOUND);
+    pod.create().await.unwrap();
+    assert_eq!(code(pod.pause().await), Code::FAILED_PRECONDITION);
+    pod.start("").await.unwrap();
+    assert_eq!(code(pod.resume().await), Code::FAILED_PRECONDITION);
+    pod.pause().await.unwrap();
+    let state = pod.state("").await.unwrap();
+    assert_eq!(state.status(), api::Status::PAUSED);
+    assert_eq!(code(pod.pause().await), Code::FAILED_PRECONDITION);
     assert_eq!(
-        code(task.pause(patiently(), &Default::default()).await),
-        Code::UNIMPLEMENTED
+        code(pod.exec("e", &["exit", "0"]).await),
+        Code::FAILED_PRECONDITION
     );
+    assert_eq!(code(pod.delete("").await), Code::FAILED_PRECONDITION);
+    pod.resume().await.unwrap();
+    let state = pod.state("").await.unwrap();
+    assert_eq!(state.status(), api::Status::RUNNING);
+    pod.pause().await.unwrap();
+    pod.kill("", 9).await.unwrap();
+    assert_eq!(pod.wait("").await.unwrap(), 137);
+    pod.delete("").await.unwrap();
     assert_eq!(
-        code(task.resume(patiently(), &Default::default()).await),
-        Code::UNIMPLEMENTED
+        pod.topics(7).await,
+        [
+            "/tasks/create",
+            "/tasks/start",
+            "/tasks/paused",
+            "/tasks/resumed",
+            "/tasks/paused",
+            "/tasks/exit",
+            "/tasks/delete"
+        ]
     );
+}
+
+#[tokio::test]
+async fn metrics_are_of_the_type_that_containerd_reads() {
+    let pod = Pod::of(&["sleep"]).await;
+    assert_eq!(code(pod.stats().await), Code::NOT_FOUND);
+    pod.create().await.unwrap();
+    pod.start("").await.unwrap();
+    let mut last = 0;
+    for _ in 0..3 {
+        let stats = pod.stats().await.unwrap();
+        assert_eq!(stats.type_url, "io.containerd.cgroups.v2.Metrics");
+        let metrics = Metrics::parse_from_bytes(&stats.value).unwrap();
+        assert!(metrics.cpu.usage_usec > last, "it only grows");
+        last = metrics.cpu.usage_usec;
+        assert_eq!((metrics.pids.current, metrics.pids.limit), (1, u64::MAX));
+    }
+}
+
+#[tokio::test]
+async fn update_takes_resources_of_the_oci_spec_and_nothing_else() {
+    let pod = Pod::of(&["sleep"]).await;
+    let memory = |limit: u64| format!("{{\"memory\":{{\"limit\":{limit}}}}}");
     assert_eq!(
-        code(task.checkpoint(patiently(), &Default::default()).await),
-        Code::UNIMPLEMENTED
+        code(pod.update(RESOURCES, &memory(1 << 20)).await),
+        Code::NOT_FOUND
     );
+    pod.create().await.unwrap();
+    pod.update(RESOURCES, &memory(1 << 20)).await.unwrap();
+    pod.start("").await.unwrap();
+    pod.update(RESOURCES, &memory(1 << 20)).await.unwrap();
+    for (type_url, json, expected) in [
+        ("", memory(1), Code::INVALID_ARGUMENT),
+        ("containerd.other", memory(1), Code::INVALID_ARGUMENT),
+        (RESOURCES, "7".to_owned(), Code::INVALID_ARGUMENT),
+        (
+            RESOURCES,
+            "{\"memory\":{\"disableOOMKiller\":true}}".to_owned(),
+            Code::INVALID_ARGUMENT,
+        ),
+        (RESOURCES, memory(1 << 30), Code::RESOURCE_EXHAUSTED),
+    ] {
+        let refused = pod.update(type_url, &json).await;
+        assert_eq!(code(refused), expected, "{type_url} {json}");
+    }
+    pod.kill("", 9).await.unwrap();
+    pod.wait("").await.unwrap();
     assert_eq!(
-        code(task.update(patiently(), &Default::default()).await),
-        Code::UNIMPLEMENTED
+        code(pod.update(RESOURCES, "{}").await),
+        Code::FAILED_PRECONDITION
     );
+}
+
+#[tokio::test]
+async fn sandbox_container_has_the_metrics_of_the_pod_on_the_host() {
+    let containerd = Containerd::new();
+    let (_server, _events) = containerd.events().await;
+    let annotations = [("io.kubernetes.cri.container-type", "sandbox")];
+    let cgroup = format!("/coffer-metrics-{}", std::process::id());
+    let bundle = containerd.bundle("pod1", &annotations, &cgroup);
+    let address = address(&containerd.start("pod1", &bundle));
+    let task = client(&address).await;
+    let create = api::CreateTaskRequest {
+        id: "pod1".to_owned(),
+        bundle: bundle.to_str().unwrap().to_owned(),
+        ..Default::default()
+    };
+    task.create(patiently(), &create).await.unwrap();
+    let request = api::StatsRequest {
+        id: "pod1".to_owned(),
+        ..Default::default()
+    };
+    let stats = task.stats(patiently(), &request).await.unwrap().stats;
+    // One process, the shim: the fake VM has none.
+    let pids = match stats.type_url.as_str() {
+        "io.containerd.cgroups.v1.Metrics" => {
+            let metrics = MetricsV1::parse_from_bytes(&stats.value).unwrap();
+            assert!(metrics.memory.usage.usage > 0 && metrics.cpu.usage.total > 0);
+            metrics.pids.current
+        }
+        "io.containerd.cgroups.v2.Metrics" => {
+            let metrics = Metrics::parse_from_bytes(&stats.value).unwrap();
+            assert!(metrics.memory.usage > 0 && metrics.cpu.usage_usec > 0);
+            metrics.pids.current
+        }
+        other => panic!("{other}"),
+    };
+    assert!((1..=16).contains(&pids), "threads of one shim, not {pids}");
+    let update = api::UpdateTaskRequest {
+        id: "pod1".to_owned(),
+        resources: Some(resources(RESOURCES, "{}")).into(),
+        ..Default::default()
+    };
     assert_eq!(
-        code(task.stats(patiently(), &Default::default()).await),
+        code(task.update(patiently(), &update).await),
         Code::UNIMPLEMENTED
     );
 }

@@ -21,11 +21,13 @@ enum Act {
     ExecEnds,
     InitEnds,
     OutOfMemory,
+    Pause,
+    Resume,
     DeleteInit,
     VmGone,
 }
 
-const ACTS: [Act; 12] = [
+const ACTS: [Act; 14] = [
     Act::Create,
     Act::Start,
     Act::WaitInit,
@@ -36,6 +38,8 @@ const ACTS: [Act; 12] = [
     Act::ExecEnds,
     Act::InitEnds,
     Act::OutOfMemory,
+    Act::Pause,
+    Act::Resume,
     Act::DeleteInit,
     Act::VmGone,
 ];
@@ -63,6 +67,8 @@ fn act(world: &mut World, act: Act) -> bool {
             world.feed(oom).unwrap();
             true
         }
+        Act::Pause => world.pause(&init()).is_ok(),
+        Act::Resume => world.resume(&init()).is_ok(),
         Act::DeleteInit => world.delete(&init()).is_ok(),
         Act::VmGone => {
             world.feed(Input::VmGone).unwrap();

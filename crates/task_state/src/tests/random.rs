@@ -17,6 +17,8 @@ enum Step {
     Wait(ProcessId),
     Kill(ProcessId, u32),
     Delete(ProcessId),
+    Pause(ProcessId),
+    Resume(ProcessId),
     Finish(prop::sample::Index, bool),
     Exited(ProcessId, u64),
     Ends(ProcessId),
@@ -46,6 +48,8 @@ fn step() -> impl Strategy<Value = Step> {
         40 => (process(), prop_oneof![Just(0), Just(9), Just(15), Just(17), Just(65)])
             .prop_map(|(id, signal)| Step::Kill(id, signal)),
         60 => process().prop_map(Step::Delete),
+        60 => container().prop_map(Step::Pause),
+        40 => container().prop_map(Step::Resume),
         180 => (any::<prop::sample::Index>(), prop::bool::weighted(0.85))
             .prop_map(|(index, succeeds)| Step::Finish(index, succeeds)),
         20 => (process(), 0..30u64).prop_map(|(id, generation)| Step::Exited(id, generation)),
@@ -63,6 +67,8 @@ fn run(world: &mut World, step: Step) {
         Step::Wait(id) => drop(world.wait(&id)),
         Step::Kill(id, signal) => drop(world.kill(&id, signal)),
         Step::Delete(id) => drop(world.delete(&id)),
+        Step::Pause(id) => drop(world.pause(&id)),
+        Step::Resume(id) => drop(world.resume(&id)),
         Step::Finish(index, succeeds) => {
             if !world.work.is_empty() {
                 world.finish(index.index(world.work.len()), succeeds);

@@ -17,6 +17,8 @@ use crate::{
 pub(super) enum Work {
     Create(ContainerId, Generation),
     Start(ProcessId, Generation),
+    Pause(ContainerId, Generation),
+    Resume(ContainerId, Generation),
     Remove(ProcessId, Generation),
 }
 
@@ -24,6 +26,7 @@ pub(super) enum Work {
 #[derive(Debug, Clone, Default)]
 struct Told {
     started: bool,
+    paused: bool,
     oom: bool,
     exited: bool,
     execs: BTreeMap<ExecId, ToldExec>,
@@ -121,6 +124,14 @@ impl World {
         })
     }
 
+    pub(super) fn pause(&mut self, id: &ProcessId) -> Result<Ticket, Denied> {
+        self.ask(|ticket| Input::Pause(id.container.clone(), ticket))
+    }
+
+    pub(super) fn resume(&mut self, id: &ProcessId) -> Result<Ticket, Denied> {
+        self.ask(|ticket| Input::Resume(id.container.clone(), ticket))
+    }
+
     pub(super) fn add_exec(&mut self, id: &ProcessId) -> Result<(), Denied> {
         let exec = id.exec.clone().unwrap();
         self.feed(Input::AddExec(id.container.clone(), exec))
@@ -167,6 +178,16 @@ impl World {
                 process,
                 generation,
             },
+            Work::Pause(container, generation) => Input::Paused {
+                container,
+                generation,
+                result: if succeeds { Ok(()) } else { Err(FAILED) },
+            },
+            Work::Resume(container, generation) => Input::Resumed {
+                container,
+                generation,
+                result: if succeeds { Ok(()) } else { Err(FAILED) },
+            },
             Work::Remove(process, generation) => Input::Removed {
                 process,
                 generation,
@@ -200,7 +221,30 @@ impl World {
             Effect::Create(container, generation) => {
                 self.work.push(Work::Create(container, generation));
             }
-            Effect::Start(process, generation) => self.work.push(Work::Start(process, generation)),
+            Effect::Start(process, generation) => {
+                let paused = self
+                    .tasks
+                    .get(&process.container)
+                    .is_some_and(|task| task.paused);
+                assert!(!paused, "{process} is started in a paused container");
+                self.work.push(Work::Start(process, generation));
+            }
+            Effect::Pause(container, generation) => {
+                let starts = |work: &Work| matches!(work, Work::Start(process, _) if process.container == container);
+                // What is being started for a container that is gone concerns nobody.
+                let view = self
+                    .table
+                    .processes()
+                    .any(|(id, view)| id.container == container && view.phase == "starting");
+                assert!(
+                    !(view && self.work.iter().any(starts)),
+                    "frozen while it starts"
+                );
+                self.work.push(Work::Pause(container, generation));
+            }
+            Effect::Resume(container, generation) => {
+                self.work.push(Work::Resume(container, generation));
+            }
             Effect::Remove(process, generation) => {
                 self.work.push(Work::Remove(process, generation));
             }
@@ -247,7 +291,7 @@ impl World {
             }
             Event::ExecStarted(container, exec, _) => {
                 let task = self.task(&container);
-                assert!(task.started && !task.exited);
+                assert!(task.started && !task.exited && !task.paused);
                 let before = task.execs.insert(exec, ToldExec::Started);
                 assert_eq!(before, Some(ToldExec::Added));
             }
@@ -255,6 +299,16 @@ impl World {
                 let task = self.task(&container);
                 assert!(!task.oom && !task.exited);
                 task.oom = true;
+            }
+            Event::Paused(container) => {
+                let task = self.task(&container);
+                assert!(task.started && !task.exited && !task.paused);
+                task.paused = true;
+            }
+            Event::Resumed(container) => {
+                let task = self.task(&container);
+                assert!(!task.exited && task.paused);
+                task.paused = false;
             }
             Event::Exited(process, _, exit) => {
                 let task = self.task(&process.container);

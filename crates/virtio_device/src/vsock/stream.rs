@@ -180,13 +180,7 @@ impl Stream {
         let mut left = credit;
         let mut slices = IoSlices::empty(Direction::IntoGuest);
         for room in rooms.iter().map(|chain| &chain.writable) {
-            slices.append(IoSlices::new(
-                mem,
-                room,
-                HEADER_BYTES,
-                left,
-                Direction::IntoGuest,
-            )?);
+            slices.append(mem, room, HEADER_BYTES, left)?;
             left = left.saturating_sub(payload_room(room));
         }
         let room = slices.len();

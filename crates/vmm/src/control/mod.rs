@@ -25,8 +25,10 @@ pub use socket::{ControlSocket, Received};
 
 /// The largest message, either way. A dump of a VM with all its devices takes a tenth.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
-/// The most descriptors with one message: four of the VM's own, and its disks.
+/// The most descriptors with one message: four of the VM's own, its network cards and its disks.
 pub const MAX_DESCRIPTORS: usize = 64;
+/// The most network cards.
+pub const MAX_NETWORKS: usize = 8;
 /// The longest console tail in an answer.
 pub const MAX_CONSOLE_TAIL_BYTES: usize = 4096;
 
@@ -73,7 +75,7 @@ pub enum Request {
 /// What a VM is made of.
 ///
 /// Descriptors of [`Request::Start`], in this order: KVM, kernel, initramfs, a listening unix socket for connections to
-/// the guest, the console log if there is one, then each disk.
+/// the guest, the console log if there is one, then the tap of each network card, then each disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -97,10 +99,23 @@ pub struct Config {
     /// Disks that are there at boot.
     #[serde(default)]
     pub disks: Vec<DiskConfig>,
+    /// Network cards, at most [`MAX_NETWORKS`].
+    #[serde(default)]
+    pub networks: Vec<NetworkConfig>,
     /// How many disks there can be at one time.
     pub disk_slots: u16,
     /// Who the VMM is once it is in its jail; none for tests that run without root.
     pub jail: Option<JailConfig>,
+}
+
+/// A network card.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkConfig {
+    /// The address by which the guest finds it.
+    pub mac: [u8; 6],
+    /// Bytes of the largest IP packet.
+    pub mtu: u16,
 }
 
 /// A disk.

@@ -13,7 +13,7 @@ mod pvh_kernel;
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
@@ -39,6 +39,7 @@ pub(crate) struct Vmm {
 pub(crate) struct Files {
     pub(crate) kernel: File,
     pub(crate) initramfs: File,
+    pub(crate) taps: Vec<OwnedFd>,
     pub(crate) disks: Vec<File>,
 }
 
@@ -52,6 +53,7 @@ pub(crate) fn files(kernel: &[u8]) -> Files {
     Files {
         kernel: file_with(kernel),
         initramfs: file_with(b""),
+        taps: Vec::new(),
         disks: Vec::new(),
     }
 }
@@ -66,6 +68,7 @@ pub(crate) fn config() -> Config {
         host_ports: Vec::new(),
         console_log: false,
         disks: Vec::new(),
+        networks: Vec::new(),
         disk_slots: 24,
         jail: Some(JailConfig {
             uid: 64999,
@@ -107,6 +110,7 @@ impl Vmm {
             files.initramfs.as_fd(),
             listener.as_fd(),
         ];
+        fds.extend(files.taps.iter().map(AsFd::as_fd));
         fds.extend(files.disks.iter().map(AsFd::as_fd));
         let result = vmm.call(Request::Start(Box::new(config.clone())), &fds);
         (vmm, result)

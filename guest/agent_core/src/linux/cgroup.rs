@@ -31,13 +31,13 @@ const DEFAULT_PERIOD_US: u64 = 100_000;
 
 /// A value to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Setting {
-    file: String,
-    value: String,
+pub(super) struct Setting {
+    pub(super) file: String,
+    pub(super) value: String,
     /// The field of the spec, for errors.
-    field: String,
+    pub(super) field: String,
     /// A file that is not there means that the limit holds anyway.
-    optional: bool,
+    pub(super) optional: bool,
 }
 
 /// The directory of a container's cgroup.
@@ -61,7 +61,7 @@ pub(super) fn make(
         .try_for_each(|setting| apply(&directory, setting))
 }
 
-fn apply(directory: &Path, setting: &Setting) -> Result<(), Error> {
+pub(super) fn apply(directory: &Path, setting: &Setting) -> Result<(), Error> {
     let path = directory.join(&setting.file);
     match write(&path, &setting.value) {
         Err(error) if error.kind() == io::ErrorKind::NotFound && setting.optional => Ok(()),
@@ -125,7 +125,7 @@ pub(super) fn remove(container: &ContainerId) -> Result<(), Error> {
         return Ok(());
     }
     kill(container)?;
-    wait_until_empty(&directory)
+    wait_for(&directory, "populated 0", END_LIMIT)
         .step(|| format!("waiting for the processes of {container} to end"))?;
     for one in below(&directory) {
         match fs::remove_dir(&one) {
@@ -136,15 +136,18 @@ pub(super) fn remove(container: &ContainerId) -> Result<(), Error> {
     Ok(())
 }
 
-/// `cgroup.events` wakes poll(2) when it changes (cgroup-v2.rst, "populated").
-fn wait_until_empty(directory: &Path) -> io::Result<()> {
-    let deadline = Instant::now().checked_add(END_LIMIT);
+/// Waits for a line of `cgroup.events`, which wakes poll(2) when it changes (cgroup-v2.rst, "populated" and "frozen").
+///
+/// # Errors
+/// [`io::ErrorKind::TimedOut`], or those of reading the file.
+pub(super) fn wait_for(directory: &Path, wanted: &str, limit: Duration) -> io::Result<()> {
+    let deadline = Instant::now().checked_add(limit);
     let mut file = fs::File::open(directory.join("cgroup.events"))?;
     loop {
         let mut text = String::new();
         io::Seek::rewind(&mut file)?;
         io::Read::read_to_string(&mut file, &mut text)?;
-        if text.lines().any(|line| line == "populated 0") {
+        if text.lines().any(|line| line == wanted) {
             return Ok(());
         }
         let left = deadline.and_then(|deadline| deadline.checked_duration_since(Instant::now()));
@@ -231,7 +234,11 @@ fn limit(value: i64, field: &str) -> Result<String, Error> {
     }
 }
 
-fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Error> {
+/// The files of cgroup v2 and their values, in the order of writing.
+///
+/// # Errors
+/// [`Error::Resource`] for what cgroup v2 cannot do.
+pub(super) fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Error> {
     let mut all = Vec::new();
     if let Some(cpu) = resources.cpu() {
         cpu_settings(cpu, &mut all)?;

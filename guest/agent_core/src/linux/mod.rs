@@ -10,8 +10,10 @@ mod device_program;
 mod disk;
 pub mod host_folders;
 mod mount;
+pub mod network;
 mod process;
 pub mod reaper;
+mod resources;
 mod watch;
 
 use std::collections::HashMap;
@@ -186,6 +188,8 @@ impl System for Linux {
         if plan.shm_bytes != 0 {
             boot::resize_shm(plan.shm_bytes)?;
         }
+        // Before the sysctls, some of which are a card's.
+        network::configure(&plan.network)?;
         for (key, value) in &plan.sysctls {
             oci_process::write_sysctl(key, value)?;
         }

@@ -216,6 +216,49 @@ impl Kubelet {
             .unwrap()
     }
 
+    /// Gives a container other limits.
+    pub(crate) fn update(
+        &self,
+        container: &str,
+        resources: v1::LinuxContainerResources,
+    ) -> Result<(), tonic::Status> {
+        let request = v1::UpdateContainerResourcesRequest {
+            container_id: container.to_owned(),
+            linux: Some(resources),
+            ..Default::default()
+        };
+        call!(self, update_container_resources, request).map(drop)
+    }
+
+    /// The CPU time that a container has used in ns, and its working set in bytes.
+    pub(crate) fn usage(&self, container: &str) -> (u64, u64) {
+        let request = v1::ContainerStatsRequest {
+            container_id: container.to_owned(),
+        };
+        let stats = call!(self, container_stats, request).unwrap().stats;
+        let (cpu, memory) = stats.and_then(|stats| stats.cpu.zip(stats.memory)).unwrap();
+        (
+            cpu.usage_core_nano_seconds.unwrap().value,
+            memory.working_set_bytes.unwrap().value,
+        )
+    }
+
+    /// The containers of a pod for which there are figures.
+    pub(crate) fn measured(&self, pod: &Pod) -> Vec<String> {
+        let request = v1::ListContainerStatsRequest {
+            filter: Some(v1::ContainerStatsFilter {
+                pod_sandbox_id: pod.id.clone(),
+                ..Default::default()
+            }),
+        };
+        let stats = call!(self, list_container_stats, request).unwrap().stats;
+        stats
+            .into_iter()
+            .filter(|stats| stats.cpu.is_some() && stats.memory.is_some())
+            .filter_map(|stats| Some(stats.attributes?.id))
+            .collect()
+    }
+
     /// Waits for a container's end and gives its exit code.
     pub(crate) fn exit_code(&self, container: &str) -> i32 {
         let exited = i32::from(v1::ContainerState::ContainerExited);
@@ -235,6 +278,16 @@ impl Kubelet {
             .status
             .unwrap()
             .state
+    }
+
+    /// The address that the CNI plugin gave a pod.
+    pub(crate) fn pod_ip(&self, pod: &Pod) -> String {
+        let request = v1::PodSandboxStatusRequest {
+            pod_sandbox_id: pod.id.clone(),
+            verbose: false,
+        };
+        let status = call!(self, pod_sandbox_status, request).unwrap().status;
+        status.unwrap().network.unwrap().ip
     }
 
     pub(crate) fn stop_pod(&self, pod: &Pod) {

@@ -6,11 +6,14 @@
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod bad_input;
+mod cofferctl;
 mod cri;
 mod cri_client;
 mod faults;
 mod isolation;
 mod lifecycle;
+mod network;
+mod resources;
 mod software;
 mod streams;
 mod terminal;

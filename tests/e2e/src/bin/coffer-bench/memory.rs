@@ -46,17 +46,18 @@ fn rollup(pid: i32, field: &str) -> f64 {
     text.lines().find_map(|line| value(line, field)).unwrap()
 }
 
-/// The resident memory of a VMM without its guest's, in KiB: mappings of 64 MiB and more are the guest's memory.
+/// The resident memory of a VMM without its guest's, in KiB: the guest's memory is what core files leave out (the flag `dd`,
+/// proc(5)).
 fn own_rss(pid: i32) -> f64 {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
-    let (mut sum, mut size) = (0.0, 0.0);
+    let (mut sum, mut rss) = (0.0, 0.0);
     for line in text.lines() {
-        if let Some(kib) = value(line, "Size") {
-            size = kib;
-        } else if let Some(kib) = value(line, "Rss")
-            && size < f64::from(64 << 10)
+        if let Some(kib) = value(line, "Rss") {
+            rss = kib;
+        } else if let Some(flags) = line.strip_prefix("VmFlags:")
+            && !flags.split(' ').any(|flag| flag == "dd")
         {
-            sum += kib;
+            sum += rss;
         }
     }
     sum

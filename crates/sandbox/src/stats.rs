@@ -1,0 +1,89 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! A container's figures: asked of the guest one call at a time, and kept for when it does not answer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use agent_proto::api;
+use ids::ContainerId;
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use crate::convert;
+use crate::error::{SandboxError, SandboxErrorKind};
+use crate::input::Reply;
+use crate::owner::Shared;
+use crate::request::TaskStats;
+use crate::vm::{self, Failure};
+use crate::work::container_ref;
+
+/// How long to wait for the guest: containerd gives a call 2 s, of which a loaded node needs its share.
+const LIMIT: Duration = Duration::from_millis(700);
+
+/// What the guest has said of a container, and whether it is being asked. A guest that does not answer is asked again
+/// only after it has, or after the call's own deadline: questions do not pile up.
+#[derive(Default)]
+pub(crate) struct Figures(watch::Sender<State>);
+
+#[derive(Default)]
+struct State {
+    asked: bool,
+    last: Option<Box<api::ContainerStats>>,
+    /// Why the last question has no answer.
+    failure: Option<Failure>,
+}
+
+impl Figures {
+    /// Whether the caller is to ask.
+    pub(crate) fn begin(&self) -> bool {
+        self.0
+            .send_if_modified(|state| !std::mem::replace(&mut state.asked, true))
+    }
+
+    fn end(&self, answer: Result<api::ContainerStats, SandboxError>) {
+        self.0.send_modify(|state| {
+            state.asked = false;
+            match answer {
+                Ok(stats) => (state.last, state.failure) = (Some(Box::new(stats)), None),
+                Err(error) => state.failure = Some(Failure::from(&error)),
+            }
+        });
+    }
+}
+
+/// Answers with the guest's figures, or with those that it gave last.
+pub(crate) async fn answer(container: ContainerId, figures: Arc<Figures>, reply: Reply<TaskStats>) {
+    let mut state = figures.0.subscribe();
+    // In time or not: what there is then is the answer.
+    let _in_time = timeout(LIMIT, state.wait_for(|state| !state.asked)).await;
+    let answer = latest(&figures, &container);
+    // The caller may have gone away.
+    drop(reply.send(answer));
+}
+
+/// Asks the guest; [`Figures::begin`] says when.
+pub(crate) async fn ask(shared: Arc<Shared>, container: ContainerId, figures: Arc<Figures>) {
+    let answer = async {
+        let guest = vm::ready(shared.vm.subscribe()).await?;
+        let stats = guest.agent.stats(&container_ref(&container)).await;
+        stats.map_err(|error| convert::agent(format!("measure container {container}"), error))
+    }
+    .await;
+    figures.end(answer);
+}
+
+fn latest(figures: &Figures, container: &ContainerId) -> Result<TaskStats, SandboxError> {
+    let state = figures.0.borrow();
+    match (&state.last, &state.failure) {
+        (Some(last), _) => Ok(TaskStats::Guest(last.clone())),
+        (None, Some(failure)) => Err(failure.to_error()),
+        (None, None) => Err(SandboxError::new(
+            SandboxErrorKind::DeadlineExceeded,
+            format!(
+                "container {container}: the guest does not say what it uses, and has not before"
+            ),
+        )),
+    }
+}
