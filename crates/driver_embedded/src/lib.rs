@@ -14,6 +14,7 @@
 //! a deadline. It ends when the control socket closes, so nothing outlives this process.
 
 mod guardian;
+mod guest_memory;
 mod link;
 mod vm;
 mod vsock;
@@ -120,7 +121,7 @@ impl Driver for EmbeddedDriver {
                 DriverError::new(DriverErrorKind::Node, text).because(source)
             })?;
         let (listener, socket) = GuestSocket::create(&self.options.private_dir)?;
-        let vm = EmbeddedVm::spawn(&self.options.vmm, &spec.sandbox, socket).await?;
+        let vm = EmbeddedVm::spawn(&self.options.vmm, &spec, socket).await?;
         let mut descriptors = vec![
             kvm.as_fd(),
             spec.kernel.as_fd(),

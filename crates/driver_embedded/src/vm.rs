@@ -12,9 +12,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hypervisor::{
-    AttachedDisk, Disk, DriverError, DriverErrorKind, RunningVm, VmExit, VmProcesses,
+    AttachedDisk, AttachedFileSystem, Disk, DriverError, DriverErrorKind, FileSystem, RunningVm,
+    VmExit, VmProcesses, VmSpec,
 };
-use ids::{DiskSerial, SandboxId, VsockPort};
+use ids::{DiskSerial, Mib, VsockPort};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -24,6 +25,7 @@ use vmm::control::{Answer, ControlSocket, Request};
 
 use crate::disk_config;
 use crate::guardian::{self, Process, ProcessEnd};
+use crate::guest_memory::SharedMemory;
 use crate::link::{LastWords, Link, Silence, WAITING_CONNECTIONS, gone};
 use crate::vsock::GuestSocket;
 
@@ -31,12 +33,15 @@ use crate::vsock::GuestSocket;
 const START_DEADLINE: Duration = Duration::from_secs(20);
 /// How long every other call may take.
 const CALL_DEADLINE: Duration = Duration::from_secs(5);
+/// How long moving guest memory may take: a guest of tens of GiB that uses all of it copies them.
+const SHARE_DEADLINE: Duration = Duration::from_secs(60);
 /// How long the last messages of a VMM that is gone may take to be read.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(1);
 
 /// A VM whose VMM process has been started. Dropping it kills the process.
 pub(crate) struct EmbeddedVm {
     process: Process,
+    memory: Mib,
     link: Arc<Link>,
     socket: GuestSocket,
     connections: Mutex<mpsc::Receiver<(VsockPort, UnixStream)>>,
@@ -51,7 +56,7 @@ impl EmbeddedVm {
     /// [`DriverErrorKind::Node`] if it cannot be started.
     pub(crate) async fn spawn(
         program: &Path,
-        sandbox: &SandboxId,
+        spec: &VmSpec,
         socket: GuestSocket,
     ) -> Result<Self, DriverError> {
         let failed = |source: std::io::Error| {
@@ -60,7 +65,7 @@ impl EmbeddedVm {
         };
         let (ours, theirs) = ControlSocket::pair().map_err(failed)?;
         let link = Arc::new(Link::new(ours).map_err(failed)?);
-        let (process, end) = guardian::start(program, sandbox, theirs).await?;
+        let (process, end) = guardian::start(program, &spec.sandbox, theirs).await?;
         let (send_connections, connections) = mpsc::channel(WAITING_CONNECTIONS);
         let (send_exit, exit) = watch::channel(None);
         let killed = Arc::new(AtomicBool::new(false));
@@ -81,6 +86,7 @@ impl EmbeddedVm {
         ));
         Ok(Self {
             process,
+            memory: spec.memory,
             link,
             socket,
             connections: Mutex::new(connections),
@@ -212,6 +218,41 @@ impl RunningVm for EmbeddedVm {
     async fn detach_disk(&self, serial: &DiskSerial) -> Result<(), DriverError> {
         let serial = serial.to_string();
         self.call(Request::DetachDisk { serial }).await.map(|_| ())
+    }
+
+    async fn attach_file_system(
+        &self,
+        file_system: FileSystem,
+    ) -> Result<AttachedFileSystem, DriverError> {
+        if self.exit.borrow().is_some() {
+            return Err(gone());
+        }
+        let pid = self.process.pid;
+        let memory = self.memory;
+        let files = tokio::task::spawn_blocking(move || SharedMemory::prepare(pid, memory));
+        let files = files
+            .await
+            .map_err(std::io::Error::other)
+            .and_then(|files| files)
+            .map_err(|source| {
+                let text = "cannot make a file for guest memory";
+                DriverError::new(DriverErrorKind::Failed, text).because(source)
+            })?;
+        let descriptors = [
+            file_system.connection.as_fd(),
+            files.memory.as_fd(),
+            files.pagemap.as_fd(),
+        ];
+        let request = Request::AttachFileSystem {
+            tag: file_system.tag,
+        };
+        let answer = self.link.call(request, &descriptors, SHARE_DEADLINE).await;
+        match answer? {
+            Answer::Attached { device } => Ok(AttachedFileSystem {
+                bind_device: Some(device),
+            }),
+            Answer::Done | Answer::Text(_) => Err(unexpected()),
+        }
     }
 
     async fn wait(&self) -> VmExit {

@@ -7,18 +7,20 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, OnceLock};
 
 use driver_embedded::{DISK_SLOTS, EmbeddedDriver, EmbeddedOptions};
 use hypervisor::{
-    Disk, DiskAccess, Driver, DriverError, DriverErrorKind, NetworkInterface, RunningVm, VmExit,
-    VmSpec,
+    Disk, DiskAccess, Driver, DriverError, DriverErrorKind, FileSystem, NetworkInterface,
+    RunningVm, VmExit, VmSpec,
 };
 use ids::{GuestCid, Mib, VcpuCount, VsockPort};
 use network_testbed::{Namespace, is_root};
 use pod_network::{Metadata, PodNetwork};
+use virtio_testdriver::{honest, run_back_end};
 
 #[path = "../../vmm/tests/common/pvh_kernel.rs"]
 mod pvh_kernel;
@@ -121,6 +123,31 @@ async fn guest_that_resets_itself_is_told_to_every_waiter_and_later() {
     assert_eq!(vm.wait().await, VmExit::Guest);
     assert_eq!(vm.kill().await, VmExit::Guest, "it was not killed");
     assert!(!is_running(vm.processes().vmm));
+}
+
+fn file_system() -> FileSystem {
+    let (connection, theirs) = UnixStream::pair().unwrap();
+    let _ = run_back_end(theirs, honest);
+    FileSystem {
+        tag: "volumes".to_owned(),
+        connection,
+    }
+}
+
+#[tokio::test]
+async fn vm_has_one_file_system_in_a_slot_of_its_own() {
+    let vm = launch(spec(SPIN)).await.unwrap();
+    let attached = vm.attach_file_system(file_system()).await.unwrap();
+    assert_eq!(attached.bind_device.as_deref(), Some("virtio-mmio.4"));
+    let disk = vm.attach_disk(disk("a")).await.unwrap();
+    assert_eq!(disk.bind_device.as_deref(), Some("virtio-mmio.5"));
+    let second = vm.attach_file_system(file_system()).await;
+    assert_eq!(second.unwrap_err().kind(), DriverErrorKind::Conflict);
+    let dump = vm.dump().await.unwrap();
+    assert!(dump.contains(r#""device":"fs""#), "{dump}");
+    assert_eq!(vm.kill().await, VmExit::Killed);
+    let late = vm.attach_file_system(file_system()).await;
+    assert_eq!(late.unwrap_err().kind(), DriverErrorKind::Gone);
 }
 
 #[tokio::test]

@@ -11,8 +11,8 @@ use agent_proto::{CONTROL_PORT, PROTOCOL_VERSION, STDIO_PORT, api, hello, servic
 use async_trait::async_trait;
 use futures::StreamExt;
 use hypervisor::{
-    AttachedDisk, Capabilities, Disk, Driver, DriverError, DriverErrorKind, NetworkInterface,
-    RunningVm, VmExit, VmProcesses, VmSpec,
+    AttachedDisk, AttachedFileSystem, Capabilities, Disk, Driver, DriverError, DriverErrorKind,
+    FileSystem, NetworkInterface, RunningVm, VmExit, VmProcesses, VmSpec,
 };
 use ids::{DiskSerial, VsockPort};
 use tokio::io::AsyncWriteExt;
@@ -45,6 +45,7 @@ pub struct FakeVm {
     /// Taps are open as long as the VM lives.
     networks: Mutex<Vec<NetworkInterface>>,
     disks: Mutex<BTreeSet<DiskSerial>>,
+    file_system: Mutex<Option<FileSystem>>,
     console: Mutex<String>,
     relay: Mutex<Option<JoinHandle<()>>>,
 }
@@ -118,6 +119,7 @@ impl Driver for FakeDriver {
             dialled: Mutex::default(),
             networks: Mutex::new(spec.networks),
             disks: Mutex::new(disks),
+            file_system: Mutex::default(),
             console: Mutex::new("Linux version 6.12 (fake)\n".to_owned()),
             relay: Mutex::default(),
         });
@@ -299,6 +301,23 @@ impl RunningVm for FakeVm {
         self.alive()?;
         lock(&self.disks).remove(serial);
         Ok(())
+    }
+
+    async fn attach_file_system(
+        &self,
+        file_system: FileSystem,
+    ) -> Result<AttachedFileSystem, DriverError> {
+        self.alive()?;
+        let mut attached = lock(&self.file_system);
+        if attached.is_some() {
+            let message = "a file system is attached already";
+            return Err(DriverError::new(DriverErrorKind::Conflict, message));
+        }
+        // Kept open, or its server would end.
+        *attached = Some(file_system);
+        Ok(AttachedFileSystem {
+            bind_device: Some("virtio-mmio.30".to_owned()),
+        })
     }
 
     async fn wait(&self) -> VmExit {

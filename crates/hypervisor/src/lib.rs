@@ -6,7 +6,7 @@
 //! ```text
 //! Driver::launch(VmSpec) ──> RunningVm ──wait()──> VmExit
 //!                              │  connect / accept        vsock, both ways
-//!                              │  attach / detach         disks, any time
+//!                              │  attach / detach         disks, any time; one file system
 //!                              └  kill                    any time, twice, from any task
 //! ```
 //!
@@ -28,7 +28,8 @@ use tokio::net::UnixStream;
 
 pub use error::{DriverError, DriverErrorKind};
 pub use spec::{
-    AttachedDisk, Capabilities, Disk, DiskAccess, NetworkInterface, VmExit, VmProcesses, VmSpec,
+    AttachedDisk, AttachedFileSystem, Capabilities, Disk, DiskAccess, FileSystem, NetworkInterface,
+    VmExit, VmProcesses, VmSpec,
 };
 
 /// A VMM that can run sandboxes.
@@ -74,6 +75,18 @@ pub trait RunningVm: Send + Sync {
     /// # Errors
     /// [`DriverErrorKind::Failed`] if the VMM refuses.
     async fn detach_disk(&self, serial: &DiskSerial) -> Result<(), DriverError>;
+
+    /// Attaches the file system of a file server while the VM runs; a VM has at most one, with all shared directories in it.
+    /// Answers once the guest can find it. If the file server ends or misbehaves later, the VM ends and says so: a
+    /// guest does not recover from a file system that is gone.
+    ///
+    /// # Errors
+    /// [`DriverErrorKind::Conflict`] if there is one, [`DriverErrorKind::Exhausted`] if no slot is free,
+    /// [`DriverErrorKind::Unsupported`] if VMs of this driver cannot have one.
+    async fn attach_file_system(
+        &self,
+        file_system: FileSystem,
+    ) -> Result<AttachedFileSystem, DriverError>;
 
     /// Waits for the VM's end. Any number of callers, each of which gets the same answer, also later.
     async fn wait(&self) -> VmExit;

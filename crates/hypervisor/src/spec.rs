@@ -6,6 +6,7 @@
 use std::fmt;
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 
 use ids::{DiskSerial, GuestCid, Mib, SandboxId, VcpuCount, VsockPort};
 
@@ -74,6 +75,22 @@ pub struct AttachedDisk {
     pub serial: DiskSerial,
     /// The platform device that the guest must bind first ("virtio-mmio.9"), where the guest does not learn of a new
     /// disk by itself.
+    pub bind_device: Option<String>,
+}
+
+/// A file system that another process serves.
+#[derive(Debug)]
+pub struct FileSystem {
+    /// The name by which the guest mounts it, 1 to 36 bytes (virtio v1.3 §5.11.4).
+    pub tag: String,
+    /// A vhost-user connection to the file server, which nobody has spoken on. The server gets the guest's memory.
+    pub connection: UnixStream,
+}
+
+/// A file system that was attached while the VM ran.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AttachedFileSystem {
+    /// The platform device that the guest must bind first, as in [`AttachedDisk::bind_device`].
     pub bind_device: Option<String>,
 }
 

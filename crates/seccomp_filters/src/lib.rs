@@ -1,13 +1,14 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! Seccomp filters for each kind of VMM thread.
+//! Seccomp filters for each kind of VMM thread, and for the file server.
 //!
 //! The rules are data, each with its reason ([`rules`]). A call that no rule allows kills the process with SIGSYS, which
 //! the driver reports. A filter is installed by the thread it is for, as the last thing before the guest may run; it cannot
 //! be taken off. There is no less strict mode.
 #![forbid(unsafe_code)]
 
+mod file_server;
 pub mod rules;
 
 use std::collections::BTreeMap;
@@ -28,6 +29,8 @@ pub enum ThreadRole {
     Io,
     /// Speaks with the shim.
     Control,
+    /// Any thread of the file server, a process of its own.
+    FileServer,
 }
 
 /// Why a filter could not be installed.
@@ -86,4 +89,13 @@ fn compile_rule(rule: &Rule, pid: u32) -> Result<SeccompRule, seccompiler::Backe
 pub fn install(role: ThreadRole) -> Result<(), FilterError> {
     let program = compile(role, std::process::id())?;
     seccompiler::apply_filter(&program).map_err(FilterError::Install)
+}
+
+/// Confines all threads of the process to what `role` needs, for ever.
+///
+/// # Errors
+/// [`FilterError`]; the process is then not confined and must not go on.
+pub fn install_in_all_threads(role: ThreadRole) -> Result<(), FilterError> {
+    let program = compile(role, std::process::id())?;
+    seccompiler::apply_filter_all_threads(&program).map_err(FilterError::Install)
 }

@@ -10,13 +10,13 @@ use libc::{
     SYS_accept4, SYS_brk, SYS_clock_gettime, SYS_close, SYS_epoll_ctl, SYS_epoll_wait,
     SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_fallocate, SYS_fcntl, SYS_fdatasync, SYS_fsync,
     SYS_futex, SYS_getpid, SYS_getrandom, SYS_gettid, SYS_ioctl, SYS_lseek, SYS_madvise, SYS_mmap,
-    SYS_mprotect, SYS_mremap, SYS_munmap, SYS_poll, SYS_preadv, SYS_pwrite64, SYS_pwritev,
-    SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall, SYS_rt_sigprocmask,
-    SYS_rt_sigreturn, SYS_sched_yield, SYS_sendmsg, SYS_sendto, SYS_shutdown, SYS_sigaltstack,
-    SYS_socketpair, SYS_tgkill, SYS_timerfd_settime, SYS_write, SYS_writev,
+    SYS_mprotect, SYS_mremap, SYS_munmap, SYS_poll, SYS_pread64, SYS_preadv, SYS_pwrite64,
+    SYS_pwritev, SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall,
+    SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_yield, SYS_sendmsg, SYS_sendto, SYS_shutdown,
+    SYS_sigaltstack, SYS_socketpair, SYS_tgkill, SYS_timerfd_settime, SYS_write, SYS_writev,
 };
 
-use crate::ThreadRole;
+use crate::{ThreadRole, file_server};
 
 /// One allowed system call.
 #[derive(Debug, Clone, Copy)]
@@ -40,7 +40,7 @@ pub enum Check {
     Without(u8, u32),
 }
 
-const fn allow(syscall: i64, why: &'static str) -> Rule {
+pub(crate) const fn allow(syscall: i64, why: &'static str) -> Rule {
     Rule {
         syscall,
         checks: &[],
@@ -48,7 +48,7 @@ const fn allow(syscall: i64, why: &'static str) -> Rule {
     }
 }
 
-const fn only(syscall: i64, checks: &'static [Check], why: &'static str) -> Rule {
+pub(crate) const fn only(syscall: i64, checks: &'static [Check], why: &'static str) -> Rule {
     Rule {
         syscall,
         checks,
@@ -92,7 +92,7 @@ const KVM_IRQFD: u32 = kvm(WRITE, 32, 0x76);
 const KVM_IOEVENTFD: u32 = kvm(WRITE, 64, 0x79);
 const KVM_GET_CLOCK: u32 = kvm(READ, 48, 0x7c);
 
-/// What every thread needs.
+/// What every thread needs, of the VMM and of the file server.
 const COMMON: &[Rule] = &[
     allow(SYS_futex, "locks, channels, joining threads"),
     allow(SYS_read, "emptying event descriptors"),
@@ -204,6 +204,7 @@ const IO: &[Rule] = &[
         "making streams non-blocking",
     ),
     allow(SYS_timerfd_settime, "vsock deadlines"),
+    allow(SYS_poll, "waiting for the file server, with a deadline"),
 ];
 
 const CONTROL: &[Rule] = &[
@@ -211,7 +212,13 @@ const CONTROL: &[Rule] = &[
     allow(SYS_recvmsg, "calls of the shim, with descriptors"),
     allow(SYS_sendmsg, "answers"),
     allow(SYS_eventfd2, "queues of a disk that is attached"),
-    allow(SYS_lseek, "size of a disk that is attached"),
+    allow(SYS_lseek, "size of a disk or of the file for guest memory"),
+    allow(SYS_recvfrom, "what the file server offers"),
+    allow(
+        SYS_pread64,
+        "which pages have content, when guest memory is shared",
+    ),
+    allow(SYS_pwrite64, "their content, when guest memory is shared"),
     only(
         SYS_ioctl,
         &[Check::Is(1, KVM_IOEVENTFD)],
@@ -238,6 +245,7 @@ pub fn of(role: ThreadRole) -> impl Iterator<Item = &'static Rule> {
         ThreadRole::Vcpu => VCPU,
         ThreadRole::Io => IO,
         ThreadRole::Control => CONTROL,
+        ThreadRole::FileServer => file_server::RULES,
     };
     COMMON.iter().chain(own)
 }

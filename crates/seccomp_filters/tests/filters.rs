@@ -18,7 +18,12 @@ use nix::unistd::{ForkResult, fork};
 use seccomp_filters::ThreadRole;
 use seccomp_filters::rules::{self, Check, KVM_RUN};
 
-const ROLES: [ThreadRole; 3] = [ThreadRole::Vcpu, ThreadRole::Io, ThreadRole::Control];
+const ROLES: [ThreadRole; 4] = [
+    ThreadRole::Vcpu,
+    ThreadRole::Io,
+    ThreadRole::Control,
+    ThreadRole::FileServer,
+];
 /// All system calls of x86-64 this test knows of. Between the two ranges are none but uprobe and uretprobe, with which
 /// seccomp has nothing to do: they raise SIGILL when not called from a probe's trampoline.
 fn all_syscalls() -> impl Iterator<Item = i64> {

@@ -1,7 +1,7 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! Block, net, vsock, rng, console and balloon over guest memory; knows neither KVM nor the transport.
+//! Block, net, fs, vsock, rng, console and balloon over guest memory; knows neither KVM nor the transport.
 //!
 //! # The two halves of a device
 //! ```text
@@ -33,6 +33,7 @@ mod chain;
 pub mod console;
 mod device;
 mod error;
+pub mod fs;
 mod guest_io;
 mod interrupt;
 mod metrics;

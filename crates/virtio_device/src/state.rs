@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::balloon::BalloonState;
 use crate::block::BlockState;
 use crate::console::ConsoleState;
+use crate::fs::FsState;
 use crate::net::NetState;
 use crate::rng::RngState;
 use crate::vsock::VsockState;
@@ -22,6 +23,8 @@ pub enum DeviceState {
     Balloon(BalloonState),
     /// Console.
     Console(ConsoleState),
+    /// File system.
+    Fs(FsState),
     /// Network card.
     Net(NetState),
     /// Entropy source.

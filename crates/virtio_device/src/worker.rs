@@ -33,7 +33,7 @@ pub enum Progress {
 /// descriptor of each queue in [`Worker::queues`] and each descriptor in [`Worker::sources`] for
 /// input, level-triggered, and removes them before it drops the worker.
 ///
-/// Order: `handle` for every queue once at the start and after each pause (a kick may have come
+/// Order: `start` once, before anything else; `handle` for every queue once at the start and after each pause (a kick may have come
 /// earlier), then as events arrive. Spurious events are harmless. `pause` at any time between two
 /// calls of `handle`; a later `handle` resumes.
 ///
@@ -50,6 +50,14 @@ pub trait Worker: Send {
     /// Descriptors of its own to watch, each with its token; constant for the life of the worker.
     fn sources(&self) -> Vec<(u32, BorrowedFd<'_>)> {
         Vec::new()
+    }
+
+    /// Does what needs the I/O thread before the first event; nothing for most.
+    ///
+    /// # Errors
+    /// As [`Worker::handle`]; final too.
+    fn start(&mut self) -> Result<(), DeviceError> {
+        Ok(())
     }
 
     /// Does what the event calls for, up to the caps per wake.

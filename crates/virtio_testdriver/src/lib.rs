@@ -5,7 +5,8 @@
 //!
 //! [`TestMemory`] is a guest's memory with room for rings and buffers, [`TestDriver`] one queue's
 //! rings in it as a driver lays them out, and [`ChainBuilder`] makes descriptor chains, good ones
-//! and hostile ones. It shares no code with the device side, so the two check each other. It trusts
+//! and hostile ones. [`run_back_end`] is the other side of a vhost-user connection. It shares no code with the device side but
+//! the numbers of vhost-user, so the two check each other. It trusts
 //! its caller: misuse panics.
 #![expect(
     clippy::expect_used,
@@ -13,10 +14,12 @@
     reason = "test support that panics on misuse is what its callers want"
 )]
 
+mod back_end;
 mod chain_builder;
 mod driver;
 mod memory;
 
+pub use back_end::{Reply, Told, honest, run_back_end};
 pub use chain_builder::{Buffer, ChainBuilder};
 pub use driver::{RingAddresses, TestDriver, Used};
 pub use memory::TestMemory;

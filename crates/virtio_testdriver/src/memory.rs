@@ -3,10 +3,11 @@
 
 //! Guest memory for tests.
 
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// Guest memory of `size` bytes from address 0, with an allocator that only goes up; clones share both.
 #[derive(Clone)]
@@ -25,6 +26,21 @@ impl TestMemory {
     pub fn new(size: usize) -> Self {
         let mem =
             GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size)]).expect("map test memory");
+        Self::of(mem, size)
+    }
+
+    /// The first `size` bytes of `file` as memory that other processes can share.
+    ///
+    /// # Panics
+    /// The file is shorter, or cannot be mapped.
+    #[must_use]
+    pub fn shared(file: File, size: usize) -> Self {
+        let range = (GuestAddress(0), size, Some(FileOffset::new(file, 0)));
+        let mem = GuestMemoryMmap::from_ranges_with_files([range]).expect("map test memory");
+        Self::of(mem, size)
+    }
+
+    fn of(mem: GuestMemoryMmap, size: usize) -> Self {
         Self {
             mem: Arc::new(mem),
             next: Arc::new(AtomicU64::new(0x1000)),

@@ -24,6 +24,8 @@ impl DeviceId {
     pub const BALLOON: Self = Self(5);
     /// Socket device (§5.10).
     pub const VSOCK: Self = Self(19);
+    /// File system (§5.11).
+    pub const FS: Self = Self(26);
 
     /// The name used in logs and errors.
     #[must_use]
@@ -36,6 +38,7 @@ impl DeviceId {
             Self::RNG => "rng",
             Self::BALLOON => "balloon",
             Self::VSOCK => "vsock",
+            Self::FS => "fs",
             _ => "unknown",
         }
     }

@@ -19,8 +19,10 @@ mod bytes;
 pub mod console;
 mod device_id;
 mod features;
+pub mod fs;
 pub mod net;
 mod status;
+pub mod vhost_user;
 pub mod vsock;
 
 pub use bytes::WireError;

@@ -98,6 +98,20 @@ pub enum VmmError {
         /// Its serial.
         serial: String,
     },
+    /// The VM has a file system device.
+    #[error(
+        "a file system with tag {tag} is attached already: a VM has one, with all directories in it"
+    )]
+    FileSystemInUse {
+        /// Its tag.
+        tag: String,
+    },
+    /// The file server is gone or misbehaves. A guest does not recover from that.
+    #[error("the pod's shared directories are lost: {reason}")]
+    FileServer {
+        /// What happened, with its cause.
+        reason: String,
+    },
     /// A vCPU cannot go on.
     #[error("vCPU {vcpu} stopped: {reason}")]
     Vcpu {
@@ -136,11 +150,13 @@ pub enum ExitCode {
     Vcpu = 8,
     /// The shim closed the control socket.
     Orphaned = 9,
+    /// The file server is gone or misbehaves.
+    FileServer = 10,
 }
 
 impl ExitCode {
     /// Every code, for documentation and tests.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Guest,
         Self::Usage,
         Self::Config,
@@ -150,6 +166,7 @@ impl ExitCode {
         Self::Jail,
         Self::Vcpu,
         Self::Orphaned,
+        Self::FileServer,
     ];
 
     /// One line for people.
@@ -165,6 +182,7 @@ impl ExitCode {
             Self::Jail => "the jail could not be closed",
             Self::Vcpu => "a vCPU could not go on",
             Self::Orphaned => "the shim is gone",
+            Self::FileServer => "the file server is gone",
         }
     }
 }
@@ -183,7 +201,9 @@ impl VmmError {
             | Self::Device { .. }
             | Self::NoSlot { .. }
             | Self::SerialInUse { .. }
-            | Self::DiskBusy { .. } => ExitCode::Host,
+            | Self::DiskBusy { .. }
+            | Self::FileSystemInUse { .. } => ExitCode::Host,
+            Self::FileServer { .. } => ExitCode::FileServer,
             Self::Jail { .. } => ExitCode::Jail,
             Self::Vcpu { .. } => ExitCode::Vcpu,
         }

@@ -30,12 +30,13 @@ pub mod memory;
 #[path = "../tests/common/pvh_kernel.rs"]
 mod pvh_kernel;
 mod server;
+mod sharing;
 pub mod state;
 mod threads;
 mod vcpu;
 
 pub use ends::{End, Ends};
 pub use error::{ExitCode, VmmError};
-pub use machine::{Machine, Resources};
+pub use machine::{FileSystemParts, Machine, Resources};
 pub use server::serve;
 pub use vcpu::{ExitCounters, Surroundings, Vcpu, VcpuThread};

@@ -3,17 +3,20 @@
 
 //! One VM: memory, vCPUs, interrupt lines and devices, put together.
 
+mod file_system;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ids::{GuestCid, Mib, VcpuCount, VsockPort};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Kvm, VmFd};
 use virtio_device::VirtioDevice;
-use virtio_device::balloon::{Backing, Balloon, MemoryRelease};
+use virtio_device::balloon::{Backing, BackingSwitch, Balloon, MemoryRelease};
 use virtio_device::block::{Access, Block, BlockOptions, FileDisk};
 use virtio_device::console::{Console, ConsoleLog, LogFile};
 use virtio_device::net::{Net, NetOptions, Tap};
@@ -28,10 +31,12 @@ use crate::devices::{
     Bus, IoThread, Memory, Signals, Transport, TransportParts, TransportState, WorkerHost,
 };
 use crate::kvm::{KvmDoorbells, configure_vcpu, create_vm, register_memory, set_entry};
-use crate::layout;
+use crate::layout::{self, RamBlock};
 use crate::state::{KvmState, VcpuState};
 use crate::vcpu::{ExitCounters, Surroundings, Vcpu, VcpuThread};
 use crate::{Ends, VmmError, memory};
+
+pub use file_system::FileSystemParts;
 
 /// The most vCPUs: what the guest kernel is built for.
 const MAX_VCPUS: u8 = 64;
@@ -90,6 +95,12 @@ pub struct Machine {
     disk_slots: u16,
     lines: BTreeMap<u32, Arc<EventFd>>,
     disks: BTreeMap<u16, String>,
+    /// The slot of the file system device, and its tag.
+    file_system: Option<(u16, String)>,
+    /// What of guest memory is mapped from files while it is private.
+    from_files: Vec<RamBlock>,
+    backing: BackingSwitch,
+    paused: AtomicBool,
     console: Arc<ConsoleLog>,
     vsock: VsockHandle,
     exits: Arc<ExitCounters>,
@@ -134,7 +145,7 @@ impl Machine {
             command_line: &cmdline::build(windows, &config.kernel_arguments)?,
             vcpus,
         };
-        let entry = boot::load(&memory, &blocks, &source)?;
+        let (entry, from_files) = boot::load(&memory, &blocks, &source)?;
         let vsock = vsock(config, resources.vsock, resources.host_ports)?;
         let mut machine = Self {
             vcpus: Vec::new(),
@@ -148,6 +159,10 @@ impl Machine {
             disk_slots: config.disk_slots,
             lines: BTreeMap::new(),
             disks: BTreeMap::new(),
+            file_system: None,
+            from_files,
+            backing: BackingSwitch::new(Backing::Private),
+            paused: AtomicBool::new(false),
             console: Arc::new(ConsoleLog::new(
                 resources
                     .console_log
@@ -171,6 +186,7 @@ impl Machine {
 
     /// Lets the vCPUs run, for the first time or after a pause.
     pub fn resume(&self) {
+        self.paused.store(false, Ordering::SeqCst);
         self.for_each_device(|_, transport| transport.resume());
         for vcpu in &self.vcpus {
             vcpu.resume();
@@ -186,6 +202,7 @@ impl Machine {
 
     /// Takes the vCPUs out of the guest and stops all work on its memory.
     pub fn pause(&self) {
+        self.paused.store(true, Ordering::SeqCst);
         for vcpu in &self.vcpus {
             vcpu.pause();
         }
@@ -227,10 +244,7 @@ impl Machine {
                 serial: disk.serial.clone(),
             });
         }
-        let slots = self.disk_slots;
-        let index = (layout::FIRST_DISK_SLOT..layout::FIRST_DISK_SLOT.saturating_add(slots))
-            .find(|index| !self.disks.contains_key(index))
-            .ok_or(VmmError::NoSlot { slots })?;
+        let index = self.free_slot()?;
         let block = Block::new(BlockOptions {
             disk: Arc::new(FileDisk::new(file)),
             access: match disk.access {
@@ -247,6 +261,14 @@ impl Machine {
         self.add_device(index, Box::new(block))?;
         self.disks.insert(index, disk.serial.clone());
         Ok(cmdline::platform_device(index))
+    }
+
+    fn free_slot(&self) -> Result<u16, VmmError> {
+        let slots = self.disk_slots;
+        let file_system = self.file_system.as_ref().map(|(index, _)| *index);
+        (layout::FIRST_DISK_SLOT..layout::FIRST_DISK_SLOT.saturating_add(slots))
+            .find(|index| !self.disks.contains_key(index) && file_system != Some(*index))
+            .ok_or(VmmError::NoSlot { slots })
     }
 
     /// Empties the slot of the disk with this serial; nothing if there is none.
@@ -327,7 +349,7 @@ impl Machine {
             })?;
         self.add_device(CONSOLE_WINDOW, Box::new(console))?;
         self.add_device(RNG_WINDOW, Box::new(Rng::new(Arc::new(HostEntropy))))?;
-        let release = MemoryRelease::new(Arc::clone(&self.memory), Backing::Private);
+        let release = MemoryRelease::new(Arc::clone(&self.memory), self.backing.clone());
         let bytes = ids::Bytes::from(Mib(config.memory_mib)).0;
         let balloon = Balloon::new(bytes, Arc::new(release));
         self.add_device(BALLOON_WINDOW, Box::new(balloon))
@@ -348,13 +370,12 @@ impl Machine {
         Ok(())
     }
 
-    /// Puts a device into its window: interrupt line, a kick for each queue, registers.
+    /// Puts a device into its window, on the thread for its kind.
     fn add_device(
         &mut self,
         index: u16,
         device: Box<dyn VirtioDevice<Memory>>,
     ) -> Result<(), VmmError> {
-        let line = self.line(layout::gsi(index))?;
         let host = if index < layout::FIRST_DISK_SLOT {
             &self.io
         } else if index < layout::FIRST_DISK_SLOT.saturating_add(self.disk_slots) {
@@ -362,19 +383,35 @@ impl Machine {
         } else {
             self.net_io.as_ref().unwrap_or(&self.io)
         };
-        let mut kicks = Vec::new();
-        for _ in device.queue_sizes() {
-            let kick = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-                .map_err(VmmError::host("create a queue's event"))?;
-            kicks.push(Arc::new(kick));
-        }
+        let host = Arc::clone(host);
+        let kicks = Self::kicks(device.queue_sizes().len())?;
+        self.install(index, device, kicks, host)
+    }
+
+    /// A kick for each of `count` queues.
+    fn kicks(count: usize) -> Result<Vec<Arc<EventFd>>, VmmError> {
+        let kick = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Arc::new);
+        (0..count)
+            .map(|_| kick().map_err(VmmError::host("create a queue's event")))
+            .collect()
+    }
+
+    /// Gives a device its interrupt line and its registers.
+    fn install(
+        &mut self,
+        index: u16,
+        device: Box<dyn VirtioDevice<Memory>>,
+        kicks: Vec<Arc<EventFd>>,
+        host: Arc<IoThread>,
+    ) -> Result<(), VmmError> {
+        let line = self.line(layout::gsi(index))?;
         let transport = Transport::new(TransportParts {
             device,
             index,
             memory: Arc::clone(&self.memory),
             signals: Arc::new(Signals::new(line)),
             kicks,
-            host: Arc::clone(host) as Arc<dyn WorkerHost>,
+            host: host as Arc<dyn WorkerHost>,
             doorbells: Arc::new(KvmDoorbells(Arc::clone(&self.vm))),
         });
         if let Some(mut window) = self.bus.window(index) {

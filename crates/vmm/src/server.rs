@@ -18,7 +18,7 @@ use virtio_device::vsock::HostPorts;
 use crate::control::{
     self, Answer, Call, Config, ControlSocket, MAX_CONSOLE_TAIL_BYTES, Message, Received, Request,
 };
-use crate::machine::{Machine, Resources, ThreadSetup};
+use crate::machine::{FileSystemParts, Machine, Resources, ThreadSetup};
 use crate::{End, Ends, ExitCode, VmmError, jail};
 
 /// Runs one VM over `socket`, from its configuration to its end, and says how the process shall exit.
@@ -305,6 +305,11 @@ impl Server {
                 self.machine.detach_disk(&serial)?;
                 Ok(Answer::Done)
             }
+            Request::AttachFileSystem { tag } => {
+                let parts = file_system_parts(descriptors)?;
+                let device = self.machine.attach_file_system(&tag, parts, &self.ends)?;
+                Ok(Answer::Attached { device })
+            }
             Request::ConsoleTail => Ok(Answer::Text(self.console_tail())),
             Request::Dump => Ok(Answer::Text(self.machine.dump().to_string())),
             Request::Pause => {
@@ -317,6 +322,20 @@ impl Server {
             }
         }
     }
+}
+
+/// Sorts the descriptors of [`Request::AttachFileSystem`].
+fn file_system_parts(descriptors: Vec<OwnedFd>) -> Result<FileSystemParts, VmmError> {
+    let parts = <[OwnedFd; 3]>::try_from(descriptors).map_err(|_| VmmError::Control {
+        reason: "has not the descriptors that belong to it",
+        source: None,
+    })?;
+    let [connection, memory, pagemap] = parts;
+    Ok(FileSystemParts {
+        connection: UnixStream::from(connection),
+        memory: File::from(memory),
+        pagemap: File::from(pagemap),
+    })
 }
 
 /// Guest output as text: what is not printable ASCII or a line end becomes a dot, so that it cannot steer a terminal.

@@ -145,7 +145,8 @@ impl Vcpu {
 
     fn run(mut self, commands: &Receiver<Command>) {
         RUN.set(ptr::from_mut(self.fd.get_kvm_run()));
-        if self.wait_for_resume(commands) {
+        // A kick that came before the line above is lost, but the command that it was for has come before it.
+        if self.wait_for_resume(commands) && self.obey(commands) {
             while let Next::Run = self.enter(commands) {}
         }
         // From here on a late kick must not touch the page, which goes with the descriptor.

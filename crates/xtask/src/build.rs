@@ -5,7 +5,7 @@
 //! `/opt/coffer` on a node:
 //!
 //! ```text
-//! bin/                    containerd-shim-coffer-v2, coffer-vmm, cofferctl
+//! bin/                    containerd-shim-coffer-v2, coffer-vmm, coffer-virtiofsd, cofferctl
 //! share/coffer/           vmlinux, initramfs
 //! images/                 container images for demo and tests
 //! ```
@@ -28,9 +28,14 @@ use crate::{apt, images, kernel, process, workspace};
 /// With it, `-C target-feature` leaves build scripts and procedural macros alone, which cannot be static.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Packages whose programs run on a node.
-const HOST_PACKAGES: &[&str] = &["shim", "vmm", "cofferctl"];
+const HOST_PACKAGES: &[&str] = &["shim", "vmm", "coffer_virtiofsd", "cofferctl"];
 /// The programs in `bin/`.
-const HOST_PROGRAMS: &[&str] = &["containerd-shim-coffer-v2", "coffer-vmm", "cofferctl"];
+const HOST_PROGRAMS: &[&str] = &[
+    "containerd-shim-coffer-v2",
+    "coffer-vmm",
+    "coffer-virtiofsd",
+    "cofferctl",
+];
 /// Packages whose tests need KVM: they run where it is usable, all others on this machine.
 pub(crate) const KVM_TESTED_PACKAGES: &[&str] = &["kvm_probe", "vmm", "driver_embedded"];
 /// The package, and its test program, that is the end-to-end suite.

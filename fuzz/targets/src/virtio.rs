@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use ids::{GuestCid, VsockPort};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use virtio_device::balloon::{Backing, Balloon, MemoryRelease};
+use virtio_device::balloon::{Backing, BackingSwitch, Balloon, MemoryRelease};
 use virtio_device::block::{Access, Block, BlockOptions, FileDisk};
 use virtio_device::console::{Console, ConsoleLog, LogFile, TAIL_BYTES};
 use virtio_device::rng::{EntropySource, Rng};
@@ -24,7 +24,7 @@ use virtio_device::vsock::{HostPorts, Vsock, VsockOptions};
 use virtio_device::{Chain, DeviceState, Queue, QueueState, VirtioDevice};
 use virtio_testdriver::TestMemory;
 use virtio_wire::blk::{BlkRequest, RANGE_BYTES, SectorRange};
-use virtio_wire::{Features, balloon as balloon_wire, vsock as vsock_wire};
+use virtio_wire::{Features, balloon as balloon_wire, vhost_user, vsock as vsock_wire};
 
 use crate::guest::Space;
 use crate::{Guest, Input};
@@ -52,6 +52,24 @@ pub(crate) fn wire(data: &[u8]) {
             data.get(..vsock_wire::HEADER_LEN),
             Some(&header.encode()[..])
         );
+    }
+    file_server_answer(data);
+}
+
+/// What a file server answers is taken only if it answers what was asked.
+fn file_server_answer(data: &[u8]) {
+    let asked = vhost_user::Request::GET_VRING_BASE;
+    let Some((header, rest)) = data.split_first_chunk() else {
+        return;
+    };
+    if vhost_user::check_reply(asked, *header).is_ok() {
+        assert_eq!(header.first_chunk(), Some(&asked.0.to_le_bytes()));
+    }
+    if let Some(payload) = rest.first_chunk::<8>()
+        && let Ok(position) = vhost_user::vring_base(1, *payload)
+    {
+        let expected = vhost_user::vring_state(1, u32::from(position));
+        assert_eq!(payload.as_slice(), expected);
     }
 }
 
@@ -106,7 +124,10 @@ pub(crate) fn device_state(data: &[u8]) {
     let devices: [Box<dyn VirtioDevice<Space>>; 6] = [
         Box::new(Balloon::new(
             0x1_0000,
-            Arc::new(MemoryRelease::new(mem.space(), Backing::Private)),
+            Arc::new(MemoryRelease::new(
+                mem.space(),
+                BackingSwitch::new(Backing::Private),
+            )),
         )),
         Box::new(make_block(&memory_file(), Access::ReadWrite)),
         Box::new(Console::new(Arc::default()).expect("a console")),
@@ -176,7 +197,10 @@ pub(crate) fn balloon(data: &[u8]) {
     let guest = Guest::new(data, |mem| {
         let balloon = Balloon::new(
             memory,
-            Arc::new(MemoryRelease::new(mem.space(), Backing::Private)),
+            Arc::new(MemoryRelease::new(
+                mem.space(),
+                BackingSwitch::new(Backing::Private),
+            )),
         );
         handle = Some(balloon.handle());
         Box::new(balloon)

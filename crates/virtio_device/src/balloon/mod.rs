@@ -20,7 +20,7 @@ mod worker;
 
 pub use device::{Balloon, BalloonHandle, BalloonState};
 pub use metrics::BalloonMetrics;
-pub use release::{Backing, MemoryRelease, ReleasePages};
+pub use release::{Backing, BackingSwitch, MemoryRelease, ReleasePages};
 
 /// Entries of each queue; Linux wants at least 32 for reporting (`PAGE_REPORTING_CAPACITY`).
 const QUEUE_SIZE: u16 = 64;

@@ -5,6 +5,8 @@
 #![expect(unsafe_code, reason = "madvise takes a raw address")]
 
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
@@ -32,16 +34,41 @@ pub enum Backing {
     Shared,
 }
 
+/// What guest memory is made of now; it may change while the VM is paused. Clones are one.
+#[derive(Clone, Debug)]
+pub struct BackingSwitch(Arc<AtomicBool>);
+
+impl BackingSwitch {
+    /// Starts with `backing`.
+    #[must_use]
+    pub fn new(backing: Backing) -> Self {
+        Self(Arc::new(AtomicBool::new(backing == Backing::Shared)))
+    }
+
+    /// From now on it is `backing`.
+    pub fn set(&self, backing: Backing) {
+        self.0.store(backing == Backing::Shared, Ordering::SeqCst);
+    }
+
+    fn get(&self) -> Backing {
+        if self.0.load(Ordering::SeqCst) {
+            Backing::Shared
+        } else {
+            Backing::Private
+        }
+    }
+}
+
 /// Frees pages of mapped guest memory.
 pub struct MemoryRelease<S> {
     memory: S,
-    backing: Backing,
+    backing: BackingSwitch,
 }
 
 impl<S: GuestSpace> MemoryRelease<S> {
     /// For `memory`, all of which is backed as `backing` says.
     #[must_use]
-    pub fn new(memory: S, backing: Backing) -> Self {
+    pub fn new(memory: S, backing: BackingSwitch) -> Self {
         Self { memory, backing }
     }
 }
@@ -50,7 +77,7 @@ impl<S: GuestSpace> ReleasePages for MemoryRelease<S> {
     fn release(&self, addr: GuestAddress, len: u64) -> io::Result<()> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let len = usize::try_from(len).map_err(|_| invalid())?;
-        let advice = match self.backing {
+        let advice = match self.backing.get() {
             Backing::Private => libc::MADV_DONTNEED,
             Backing::Shared => libc::MADV_REMOVE,
         };

@@ -50,7 +50,7 @@ impl Rig {
         let mut mem = TestMemory::new(MEMORY);
         let drivers = [(); 3].map(|()| TestDriver::new(&mut mem, 32));
         let recorder = Arc::new(Recorder {
-            inner: MemoryRelease::new(mem.space(), Backing::Private),
+            inner: MemoryRelease::new(mem.space(), BackingSwitch::new(Backing::Private)),
             calls: Mutex::default(),
         });
         let mut balloon = Balloon::new(MEMORY as u64, Arc::clone(&recorder) as _);
@@ -309,7 +309,7 @@ fn shared_memory_is_released_from_its_file() {
     let mem: Space = Arc::new(GuestMemoryMmap::from_ranges_with_files(ranges).unwrap());
     mem.write_slice(&[7; 8192], GuestAddress(0)).unwrap();
     assert_eq!(file.metadata().unwrap().blocks(), 16);
-    MemoryRelease::new(Arc::clone(&mem), Backing::Shared)
+    MemoryRelease::new(Arc::clone(&mem), BackingSwitch::new(Backing::Shared))
         .release(GuestAddress(0), 4096)
         .unwrap();
     assert_eq!(file.metadata().unwrap().blocks(), 8);

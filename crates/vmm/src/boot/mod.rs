@@ -65,7 +65,7 @@ struct BootInfo {
     command_line_bytes: u32,
 }
 
-/// Puts everything the kernel needs into `memory` and says where it starts.
+/// Puts everything the kernel needs into `memory`; says where it starts, and what is mapped from files.
 ///
 /// # Errors
 /// Kernel or initramfs cannot be read, are not what they should be, or do not fit.
@@ -73,15 +73,17 @@ pub fn load(
     memory: &GuestMemoryMmap,
     blocks: &[RamBlock],
     source: &BootSource<'_>,
-) -> Result<Entry, VmmError> {
-    let (entry, kernel_end) = load_kernel(memory, blocks, source)?;
+) -> Result<(Entry, Vec<RamBlock>), VmmError> {
+    let mut from_files = Vec::new();
+    let (entry, kernel_end) = load_kernel(memory, blocks, source, &mut from_files)?;
     let info = BootInfo {
         initramfs: load_initramfs(memory, blocks, source.initramfs, kernel_end)?,
         usable: layout::usable_ranges(blocks),
         command_line_bytes: u32::try_from(source.command_line.len()).unwrap_or(0),
     };
     write_tables(memory, source, entry, &info).map_err(|_| too_large("the boot data", blocks))?;
-    Ok(entry)
+    from_files.extend(info.initramfs);
+    Ok((entry, from_files))
 }
 
 fn write_tables(
@@ -121,6 +123,7 @@ fn load_kernel(
     memory: &GuestMemoryMmap,
     blocks: &[RamBlock],
     source: &BootSource<'_>,
+    from_files: &mut Vec<RamBlock>,
 ) -> Result<(Entry, u64), VmmError> {
     let mut bytes = [0; elf::HEADER_BYTES];
     read_kernel(source.kernel, 0, &mut bytes)?;
@@ -137,7 +140,17 @@ fn load_kernel(
         };
         read_kernel(source.kernel, at.ok_or(bad)?, &mut bytes)?;
         match elf::parse_program_header(&bytes) {
-            Some(segment @ elf::Segment::Load { .. }) => {
+            Some(
+                segment @ elf::Segment::Load {
+                    address,
+                    file_bytes,
+                    ..
+                },
+            ) => {
+                from_files.push(RamBlock {
+                    start: address,
+                    len: file_bytes,
+                });
                 kernel_end = load_segment(memory, blocks, source.kernel, segment)?.max(kernel_end);
             }
             Some(elf::Segment::Note { offset, bytes }) => {

@@ -55,6 +55,13 @@ pub enum Request {
         /// Its serial.
         serial: String,
     },
+    /// Put a file system device into a free slot; a VM has at most one. Descriptors, in this order: the vhost-user
+    /// connection to the file server; a file for guest memory, as large as it and sealed against shrinking; this process's
+    /// `pagemap`.
+    AttachFileSystem {
+        /// The name by which the guest mounts it, at most 36 bytes.
+        tag: String,
+    },
     /// The end of the guest's console output.
     ConsoleTail,
     /// All counters and states, as JSON.
@@ -174,7 +181,7 @@ pub enum Message {
 pub enum Answer {
     /// It was done.
     Done,
-    /// The disk is there, under this platform device of the guest.
+    /// The disk or file system is there, under this platform device of the guest.
     Attached {
         /// Its name.
         device: String,
@@ -219,11 +226,12 @@ impl From<&crate::VmmError> for Refusal {
             E::NotAKernel { .. } | E::Artifact { .. } | E::TooLarge { .. } => RefusalKind::Artifact,
             E::Kvm { .. } => RefusalKind::Kvm,
             E::NoSlot { .. } => RefusalKind::Exhausted,
-            E::SerialInUse { .. } => RefusalKind::Conflict,
+            E::SerialInUse { .. } | E::FileSystemInUse { .. } => RefusalKind::Conflict,
             E::Host { .. }
             | E::Device { .. }
             | E::Jail { .. }
             | E::DiskBusy { .. }
+            | E::FileServer { .. }
             | E::Vcpu { .. } => RefusalKind::Failed,
         };
         Self {

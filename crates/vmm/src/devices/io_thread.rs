@@ -214,19 +214,25 @@ impl Loop {
     fn add(
         &mut self,
         device: u16,
-        worker: Box<dyn Worker>,
+        mut worker: Box<dyn Worker>,
         kicks: Vec<Arc<EventFd>>,
         signals: Arc<Signals>,
     ) {
         let id = self.new_id();
+        let started = worker.start();
         let mut job = Job {
             device,
             worker,
             kicks,
             signals,
             tokens: Vec::new(),
-            failed: false,
+            failed: started.is_err(),
         };
+        if let Err(error) = started {
+            job.signals.fail(&error);
+            self.workers.insert(id, job);
+            return;
+        }
         for queue in job.worker.queues().to_vec() {
             let kick = job
                 .kicks

@@ -17,7 +17,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
-use nix::sys::socket::MsgFlags;
+use nix::sys::socket::sockopt::ReceiveTimeout;
+use nix::sys::socket::{MsgFlags, setsockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
 use vmm::boot::BootProtocol;
 use vmm::control::{
     Answer, Call, Config, ControlSocket, JailConfig, Message, Received, Refusal, Request,
@@ -78,6 +80,8 @@ pub(crate) fn config() -> Config {
 impl Vmm {
     pub(crate) fn spawn() -> Self {
         let (ours, theirs) = ControlSocket::pair().unwrap();
+        // A VMM that does not answer is a failed test and not one that hangs.
+        setsockopt(&ours, ReceiveTimeout, &TimeVal::seconds(60)).unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_coffer-vmm"))
             .stdin(Stdio::from(theirs.into_fd()))
             .spawn()

@@ -31,6 +31,9 @@ const MAP: &[(&str, &[&str])] = &[
         &["ids", "seccomp_filters", "virtio_device", "virtio_wire"],
     ),
     ("kvm_probe", &["ids"]),
+    // shared directories
+    ("file_server", &["ids"]),
+    ("coffer_virtiofsd", &["seccomp_filters"]),
     // drivers behind one contract
     ("hypervisor", &["ids"]),
     ("driver_embedded", &["hypervisor", "ids", "vmm"]),
@@ -47,6 +50,7 @@ const MAP: &[(&str, &[&str])] = &[
         &[
             "agent_client",
             "agent_proto",
+            "file_server",
             "hypervisor",
             "ids",
             "pod_spec",
@@ -101,6 +105,7 @@ const TEST_ONLY: &[&str] = &[
     "agent_proto",
     "driver_embedded",
     "driver_fake",
+    "file_server",
     "fuzz_targets",
     "hypervisor",
     "ids",

@@ -169,6 +169,19 @@ pub(super) fn unbind(device: &str) -> Result<(), Error> {
     }
 }
 
+/// Makes the kernel look at a slot that was empty when it booted.
+///
+/// # Errors
+/// [`Error::Step`]; a device that is bound is none.
+pub(super) fn bind_slot(device: &str) -> Result<(), Error> {
+    match fs::write(Path::new(DRIVER).join("bind"), device) {
+        Err(error) if !is_bound(device) => {
+            Err(error).step(|| format!("binding the device {device}"))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn is_bound(device: &str) -> bool {
     Path::new(DRIVER).join(device).exists()
 }
@@ -182,12 +195,8 @@ fn find(disk: &DiskPlan) -> Result<PathBuf, Error> {
     }
     // Listen first: what comes between the look and the wait is then heard.
     let events = listen().step(|| "listening for new devices".to_owned())?;
-    if let Some(device) = &disk.bind_device
-        && let Err(error) = fs::write(Path::new(DRIVER).join("bind"), device)
-        && !is_bound(device)
-    {
-        return Err(error)
-            .step(|| format!("binding the device {device} of the disk {}", disk.serial));
+    if let Some(device) = &disk.bind_device {
+        bind_slot(device)?;
     }
     let deadline = Instant::now().checked_add(APPEAR_LIMIT);
     loop {

@@ -8,6 +8,7 @@ mod cgroup;
 mod copied;
 mod device_program;
 mod disk;
+pub mod host_folders;
 mod mount;
 pub mod network;
 mod process;
