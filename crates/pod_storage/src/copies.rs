@@ -78,8 +78,10 @@ fn read_tree(
                 }
             }
         }
+        let name = relative.to_str().map(str::to_owned);
+        let name = name.ok_or_else(|| StorageError::NameNotUtf8(path.clone()))?;
         entries.push(api::CopiedFile {
-            path: relative.to_string_lossy().into_owned(),
+            path: name,
             mode: metadata.mode() & 0o7777,
             uid: metadata.uid(),
             gid: metadata.gid(),
@@ -104,9 +106,9 @@ fn read_entry(
     }
     if kind.is_symlink() {
         let target = fs::read_link(path).map_err(StorageError::io("read the link", path))?;
-        return Ok(Some(api::copied_file::Content::Symlink(
-            target.to_string_lossy().into_owned(),
-        )));
+        let target = target.to_str().map(str::to_owned);
+        let target = target.ok_or_else(|| StorageError::NameNotUtf8(path.to_owned()))?;
+        return Ok(Some(api::copied_file::Content::Symlink(target)));
     }
     if !kind.is_file() {
         let kind = if kind.is_socket() {

@@ -71,6 +71,12 @@ pub enum StorageError {
         /// What it is.
         kind: &'static str,
     },
+    /// An emptyDir of the kubelet's is no directory.
+    #[error("{} is no directory, as an emptyDir must be: delete the pod and let it be made again", .0.display())]
+    NotADirectory(PathBuf),
+    /// A name that cannot be sent to the guest.
+    #[error("{} is not UTF-8, which names in volumes must be: rename it", .0.display())]
+    NameNotUtf8(PathBuf),
     /// A serial number could not be made.
     #[error("name a disk")]
     Serial(#[source] ids::InvalidId),

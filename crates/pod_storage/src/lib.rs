@@ -25,6 +25,7 @@ mod error;
 mod image;
 mod plan;
 mod scratch;
+mod volumes;
 
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
@@ -38,6 +39,7 @@ use pod_spec::HostCopy;
 pub use copies::{MAX_COPY_BYTES, MAX_COPY_ENTRIES};
 pub use error::StorageError;
 pub use plan::{RootfsMount, RootfsPlan};
+pub use volumes::{empty_dirs, host_mounts, sub_paths};
 
 /// The node's storage: the image cache and the scratch template. Any number of processes may use one cache directory.
 #[derive(Debug, Clone)]

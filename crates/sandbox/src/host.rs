@@ -64,6 +64,10 @@ pub struct GuestContainer {
     pub rootfs: GuestRootfs,
     /// Host files that go into guest memory.
     pub copied_mounts: Vec<api::CopiedMount>,
+    /// EmptyDirs that the guest makes.
+    pub volumes: Vec<api::Volume>,
+    /// Parts of them that the container mounts.
+    pub sub_paths: Vec<api::SubPath>,
 }
 
 /// The root file system of a container in the guest.

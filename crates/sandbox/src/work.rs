@@ -92,6 +92,8 @@ impl Creation {
                 spec_json,
                 rootfs,
                 copied_mounts,
+                volumes,
+                sub_paths,
             } = container;
             let rootfs = attach_rootfs(&guest, rootfs, shares).await?;
             let host = plan.1;
@@ -102,6 +104,8 @@ impl Creation {
                 rootfs: Some(rootfs),
                 stdio: Some(host.wanted(self.io.size())).into(),
                 copied_mounts,
+                volumes,
+                sub_paths,
                 ..Default::default()
             };
             Ok((request, host))

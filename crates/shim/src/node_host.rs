@@ -83,6 +83,8 @@ impl NodeHost {
             spec_json: spec.guest_spec,
             rootfs: guest_rootfs(rootfs)?,
             copied_mounts: store.copy_files(&spec.copies).map_err(storage_error)?,
+            volumes: pod_storage::empty_dirs(&spec.empty_dirs).map_err(storage_error)?,
+            sub_paths: pod_storage::sub_paths(&spec.sub_paths).map_err(storage_error)?,
         })
     }
 }
@@ -141,7 +143,10 @@ impl Host for NodeHost {
         let kind = match bundle.role() {
             Role::Sandbox => ContainerKind::Sandbox,
             Role::Member(_) | Role::Standalone => {
-                let spec = bundle.container(&task.container).map_err(spec_error)?;
+                let mounts = pod_storage::host_mounts().map_err(storage_error)?;
+                let spec = bundle
+                    .container(&task.container, &mounts)
+                    .map_err(spec_error)?;
                 ContainerKind::Guest(self.guest_container(task, spec)?)
             }
         };
@@ -245,7 +250,9 @@ fn storage_error(error: StorageError) -> SandboxError {
         StorageError::UnknownRootfs(_)
         | StorageError::Overlay { .. }
         | StorageError::CopyTooLarge(_)
-        | StorageError::CopyKind { .. } => SandboxErrorKind::InvalidArgument,
+        | StorageError::CopyKind { .. }
+        | StorageError::NotADirectory(_)
+        | StorageError::NameNotUtf8(_) => SandboxErrorKind::InvalidArgument,
         StorageError::Io { .. } | StorageError::Tool { .. } | StorageError::Serial(_) => {
             SandboxErrorKind::Internal
         }

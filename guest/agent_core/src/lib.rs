@@ -13,6 +13,7 @@ mod service;
 pub mod stdio;
 mod system;
 mod table;
+mod volume_plan;
 
 pub use agent::{Agent, ProcessInfo};
 pub use error::{Code, Error};
@@ -21,3 +22,6 @@ pub use plan::*;
 pub use service::Service;
 pub use system::{Gate, Job, Launched, System};
 pub use table::{Consequences, Exit, ProcessIo, ProcessTable};
+pub use volume_plan::{
+    MAX_VOLUME_NAME_LEN, MAX_VOLUMES, MediumPlan, OwnerPlan, SubPathPlan, VolumePlan,
+};

@@ -119,6 +119,8 @@ fn plan(id: &str) -> ContainerPlan {
         rootfs: RootfsPlan::Layered(Vec::new()),
         stdio: StdioPlan::default(),
         copied: Vec::new(),
+        volumes: Vec::new(),
+        sub_paths: Vec::new(),
     }
 }
 

@@ -95,6 +95,8 @@ impl Host for FakeHost {
                 spec_json: spec(&args),
                 rootfs: GuestRootfs::Layered(serials.into_iter().map(disk).collect()),
                 copied_mounts: Vec::new(),
+                volumes: Vec::new(),
+                sub_paths: Vec::new(),
             }),
         };
         Ok(ContainerPlan {

@@ -393,6 +393,12 @@ pub(crate) fn create_request(
         )),
         stdio: Some(stdio(io)).into(),
         copied_mounts,
+        volumes: vec![api::Volume {
+            name: "cache".to_owned(),
+            medium: Some(api::volume::Medium::Scratch(api::Empty::new())),
+            mode: 0o777,
+            ..Default::default()
+        }],
         ..Default::default()
     }
 }

@@ -14,3 +14,4 @@ mod lifecycle;
 mod software;
 mod streams;
 mod terminal;
+mod volumes;

@@ -1,0 +1,312 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! What the source of a bind mount is: one pure function, [`classify`], from paths, options and the host's mounts.
+//!
+//! A kubelet's paths say what is behind them, whatever its root directory is:
+//!
+//! | below the root directory | what |
+//! |---|---|
+//! | `pods/<uid>/volumes/kubernetes.io~empty-dir/<name>` | an emptyDir; a mount there tells its medium |
+//! | `pods/<uid>/volume-subpaths/<volume>/<container>/<n>` | a bind mount of a part of a volume |
+
+use std::path::{Path, PathBuf};
+
+use ids::Bytes;
+
+use crate::host_mounts::{HostMount, HostMounts};
+
+/// What the source of a bind mount is, and so how it reaches the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VolumeKind {
+    /// The pod's `/dev/shm`, which the guest has by itself.
+    SharedMemory,
+    /// An emptyDir, or a part of one: a directory that the guest makes for all containers of the pod.
+    EmptyDir {
+        /// The volume.
+        volume: EmptyDir,
+        /// The part of it that is mounted (subPath); empty for the whole.
+        below: PathBuf,
+    },
+    /// A file or folder whose contents the guest gets once, when the container is made.
+    Copied,
+    /// A directory that must be the host's own.
+    SharedDirectory,
+}
+
+/// An emptyDir of the pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EmptyDir {
+    /// Its name among the guest's volumes: one path component.
+    pub name: String,
+    /// What it is kept in.
+    pub medium: Medium,
+    /// Where the kubelet made it on the host: its owner and mode count, its contents do not.
+    pub source: PathBuf,
+}
+
+/// What an emptyDir is kept in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Medium {
+    /// The pod's scratch disk.
+    Disk,
+    /// Guest memory, with the volume's sizeLimit if there is one.
+    Memory(Option<Bytes>),
+    /// Huge pages of guest memory, of this size each; `None` is the kernel's default.
+    HugePages(Option<Bytes>),
+}
+
+/// Files that CRI writes for a pod and mounts into each container: small, and never changed again.
+const CRI_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
+
+/// Where CRI mounts the pod's shared memory.
+const SHARED_MEMORY: &str = "/dev/shm";
+
+const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
+
+/// What the bind mount of `source` at `destination` is.
+pub fn classify(
+    destination: &Path,
+    source: &Path,
+    read_only: bool,
+    host: &HostMounts,
+) -> VolumeKind {
+    if destination == Path::new(SHARED_MEMORY) {
+        return VolumeKind::SharedMemory;
+    }
+    if let Some(kind) = kubelet_volume(source, host) {
+        return kind;
+    }
+    if read_only || CRI_FILES.iter().any(|file| destination == Path::new(file)) {
+        return VolumeKind::Copied;
+    }
+    VolumeKind::SharedDirectory
+}
+
+/// The volume of a kubelet's that `source` is, or is a part of.
+fn kubelet_volume(source: &Path, host: &HostMounts) -> Option<VolumeKind> {
+    let path = PodPath::parse(source)?;
+    let volume = match path.within {
+        Within::Volume(_) => path,
+        Within::SubPath(_) => whole_of_sub_path(&path, host)?,
+    };
+    let Within::Volume(place) = volume.within else {
+        return None;
+    };
+    if place.plugin != EMPTY_DIR {
+        return None;
+    }
+    let medium = medium(&volume.uid, &place, host);
+    Some(VolumeKind::EmptyDir {
+        volume: EmptyDir {
+            name: format!("{}.{}", volume.uid, place.name),
+            medium,
+            source: volume.pod.join("volumes").join(place.plugin).join(place.name),
+        },
+        below: place.below,
+    })
+}
+
+/// A path below a pod's directory of a kubelet's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct PodPath {
+    /// `<root>/pods/<uid>`
+    pod: PathBuf,
+    uid: String,
+    within: Within,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Within {
+    /// `volumes/<plugin>/<name>[/<below>]`
+    Volume(Place),
+    /// `volume-subpaths/<volume>/<container>/<n>`: the last three.
+    SubPath([String; 3]),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Place {
+    plugin: String,
+    name: String,
+    below: PathBuf,
+}
+
+impl PodPath {
+    /// A kubelet's root directory may have any name, `pods` among them: the first part that fits is taken.
+    fn parse(path: &Path) -> Option<Self> {
+        let parts: Vec<&str> = path
+            .components()
+            .map(|part| match part {
+                std::path::Component::RootDir => Some("/"),
+                std::path::Component::Normal(name) => name.to_str(),
+                _ => None,
+            })
+            .collect::<Option<_>>()?;
+        (0..parts.len()).find_map(|at| {
+            let (root, rest) = parts.split_at_checked(at)?;
+            let ["pods", uid, rest @ ..] = rest else {
+                return None;
+            };
+            let within = match rest {
+                ["volumes", plugin, name, below @ ..] => Within::Volume(Place {
+                    plugin: (*plugin).to_owned(),
+                    name: (*name).to_owned(),
+                    below: below.iter().collect(),
+                }),
+                ["volume-subpaths", volume, container, number] => Within::SubPath(
+                    [*volume, *container, *number].map(str::to_owned),
+                ),
+                _ => return None,
+            };
+            let pod = root.iter().chain(["pods", *uid].iter()).collect();
+            Some(Self {
+                pod,
+                uid: (*uid).to_owned(),
+                within,
+            })
+        })
+    }
+}
+
+/// The volume that the bind mount at `path`, a subPath, is a part of.
+fn whole_of_sub_path(path: &PodPath, host: &HostMounts) -> Option<PodPath> {
+    let mount = mount_at(&path.uid, &path.within, host)?;
+    host.other_paths(mount)
+        .filter_map(|other| PodPath::parse(&other))
+        .find(|other| other.uid == path.uid && matches!(other.within, Within::Volume(_)))
+}
+
+/// The mount at a pod's path. Kubelet's root directory may be reached by several paths: the pod and what is below it say
+/// which path is meant.
+fn mount_at<'a>(uid: &str, within: &Within, host: &'a HostMounts) -> Option<&'a HostMount> {
+    host.latest_first().find(|mount| {
+        PodPath::parse(&mount.place)
+            .is_some_and(|place| place.uid == uid && place.within == *within)
+    })
+}
+
+fn medium(uid: &str, place: &Place, host: &HostMounts) -> Medium {
+    let whole = Within::Volume(Place {
+        below: PathBuf::new(),
+        ..place.clone()
+    });
+    match mount_at(uid, &whole, host) {
+        Some(mount) if mount.fs_type == "tmpfs" => Medium::Memory(mount.bytes("size")),
+        Some(mount) if mount.fs_type == "hugetlbfs" => Medium::HugePages(mount.bytes("pagesize")),
+        _ => Medium::Disk,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTINFO: &[u8] = b"22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+        90 22 0:45 / /data/kubelet/pods/u1/volumes/kubernetes.io~empty-dir/mem rw - tmpfs tmpfs rw,size=1024k\n\
+        91 22 0:46 / /data/kubelet/pods/u1/volumes/kubernetes.io~empty-dir/any rw - tmpfs tmpfs rw\n\
+        92 22 0:47 / /data/kubelet/pods/u1/volumes/kubernetes.io~empty-dir/huge rw - hugetlbfs nodev rw,pagesize=2M\n\
+        93 22 0:45 /a/b /data/kubelet/pods/u1/volume-subpaths/mem/main/0 rw - tmpfs tmpfs rw,size=1024k\n\
+        94 22 8:1 /data/kubelet/pods/u1/volumes/kubernetes.io~empty-dir/disk/logs \
+           /data/kubelet/pods/u1/volume-subpaths/disk/main/1 rw - ext4 /dev/sda1 rw\n\
+        95 22 8:1 /srv/claim/x /data/kubelet/pods/u1/volume-subpaths/pv/main/2 rw - ext4 /dev/sda1 rw\n";
+
+    fn kind(destination: &str, source: &str, read_only: bool) -> VolumeKind {
+        let host = HostMounts::parse(MOUNTINFO);
+        classify(Path::new(destination), Path::new(source), read_only, &host)
+    }
+
+    fn empty_dir(name: &str, medium: Medium, below: &str) -> VolumeKind {
+        let source = format!("/data/kubelet/pods/u1/volumes/kubernetes.io~empty-dir/{name}");
+        VolumeKind::EmptyDir {
+            volume: EmptyDir {
+                name: format!("u1.{name}"),
+                medium,
+                source: source.into(),
+            },
+            below: below.into(),
+        }
+    }
+
+    fn volume(name: &str) -> String {
+        format!("/data/kubelet/pods/u1/volumes/kubernetes.io~empty-dir/{name}")
+    }
+
+    #[test]
+    fn empty_dir_is_known_by_its_path_and_its_medium_by_the_mount_there() {
+        for (name, medium) in [
+            ("disk", Medium::Disk),
+            ("mem", Medium::Memory(Some(Bytes(1 << 20)))),
+            ("any", Medium::Memory(None)),
+            ("huge", Medium::HugePages(Some(Bytes(2 << 20)))),
+        ] {
+            for read_only in [false, true] {
+                assert_eq!(
+                    kind("/x", &volume(name), read_only),
+                    empty_dir(name, medium, "")
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn sub_path_of_an_empty_dir_is_found_by_its_mount() {
+        let of = |number: &str| format!("/data/kubelet/pods/u1/volume-subpaths/{number}");
+        assert_eq!(
+            kind("/x", &of("mem/main/0"), false),
+            empty_dir("mem", Medium::Memory(Some(Bytes(1 << 20))), "a/b")
+        );
+        assert_eq!(
+            kind("/x", &of("disk/main/1"), false),
+            empty_dir("disk", Medium::Disk, "logs")
+        );
+        // Of a claim, and of what is not mounted.
+        for number in ["pv/main/2", "pv/main/9"] {
+            assert_eq!(
+                kind("/x", &of(number), false),
+                VolumeKind::SharedDirectory,
+                "{number}"
+            );
+        }
+    }
+
+    #[test]
+    fn kubelets_root_directory_may_be_a_link_and_have_any_name() {
+        let source = volume("mem").replace("/data/kubelet", "/pods/link");
+        let VolumeKind::EmptyDir { volume, below } = kind("/x", &source, false) else {
+            panic!("{source} is an emptyDir");
+        };
+        assert_eq!(volume.name, "u1.mem");
+        assert_eq!(volume.medium, Medium::Memory(Some(Bytes(1 << 20))));
+        assert_eq!(volume.source, Path::new(&source));
+        assert_eq!(below, Path::new(""));
+    }
+
+    #[test]
+    fn what_is_no_kubelets_is_copied_if_read_only_and_the_hosts_own_if_not() {
+        for (destination, source, read_only, expected) in [
+            ("/dev/shm", "/run/x/shm", false, VolumeKind::SharedMemory),
+            ("/etc/hosts", "/s/hosts", false, VolumeKind::Copied),
+            ("/x", "/srv", true, VolumeKind::Copied),
+            ("/x", "/srv", false, VolumeKind::SharedDirectory),
+            (
+                "/x",
+                "/k/pods/u/volumes/kubernetes.io~csi/v/mount",
+                false,
+                VolumeKind::SharedDirectory,
+            ),
+            (
+                "/x",
+                "/k/pods/u/volumes/kubernetes.io~empty-dir/../../../etc",
+                false,
+                VolumeKind::SharedDirectory,
+            ),
+            ("/x", "relative", false, VolumeKind::SharedDirectory),
+        ] {
+            assert_eq!(
+                kind(destination, source, read_only),
+                expected,
+                "{destination} <- {source}"
+            );
+        }
+    }
+}
