@@ -216,6 +216,22 @@ impl service::Agent for Service {
         })
     }
 
+    async fn read_copied_file(
+        &self,
+        _: &TtrpcContext,
+        request: api::ReadCopiedFileRequest,
+    ) -> ttrpc::Result<api::FileEnd> {
+        self.enter("ReadCopiedFile", &request.container_id).await?;
+        let left = self.guest.left(&self.init(&request.container_id)?);
+        let max = usize::try_from(request.max_bytes).unwrap_or(usize::MAX);
+        let from = left.len().saturating_sub(max);
+        Ok(api::FileEnd {
+            size: u64::try_from(left.len()).unwrap_or(u64::MAX),
+            data: left.as_bytes().get(from..).unwrap_or_default().to_vec(),
+            ..Default::default()
+        })
+    }
+
     async fn remove_container(
         &self,
         _: &TtrpcContext,

@@ -90,6 +90,15 @@ impl Guest {
             .cloned()
     }
 
+    /// What an init has left in its copied files.
+    pub(crate) fn left(&self, init: &ProcessKey) -> String {
+        let state = self.lock();
+        match state.processes.get(init).map(|process| &process.program) {
+            Some(Program::Leave(text)) => text.clone(),
+            _ => String::new(),
+        }
+    }
+
     pub(crate) fn lives(&self, key: &ProcessKey) -> bool {
         let state = self.lock();
         state

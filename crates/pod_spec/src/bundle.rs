@@ -14,7 +14,7 @@ use crate::error::SpecError;
 use crate::host_mounts::HostMounts;
 use crate::sizing::{Limits, VmSize};
 use crate::translate;
-use crate::volumes::EmptyDir;
+use crate::volumes::{EmptyDir, WriteBack};
 
 /// The longest `config.json`, in bytes. It crosses to the guest in one ttrpc message of at most 4 MiB.
 pub const MAX_SPEC_BYTES: usize = 2 << 20;
@@ -73,6 +73,8 @@ pub struct HostCopy {
     pub index: u32,
     /// Where it is on the host.
     pub source: PathBuf,
+    /// Whether what the container writes to it goes back to the host.
+    pub back: Option<WriteBack>,
 }
 
 /// A part of an emptyDir that a container mounts.

@@ -120,7 +120,15 @@ fn unescaped(field: &[u8]) -> PathBuf {
     let mut rest = field;
     while let Some((first, behind)) = rest.split_first() {
         match (first, behind) {
-            (b'\\', [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', behind @ ..]) => {
+            (
+                b'\\',
+                [
+                    a @ b'0'..=b'3',
+                    b @ b'0'..=b'7',
+                    c @ b'0'..=b'7',
+                    behind @ ..,
+                ],
+            ) => {
                 let digit = |byte: u8| byte & 7;
                 bytes.push(digit(*a) << 6 | digit(*b) << 3 | digit(*c));
                 rest = behind;

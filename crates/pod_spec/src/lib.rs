@@ -31,4 +31,6 @@ pub use error::SpecError;
 pub use host_mounts::HostMounts;
 pub use sizing::VmSize;
 pub use translate::exec_process;
-pub use volumes::{EmptyDir, Medium, VolumeKind, classify};
+pub use volumes::{
+    EmptyDir, MAX_TERMINATION_MESSAGE, MAX_WRITTEN_BACK, Medium, VolumeKind, WriteBack, classify,
+};

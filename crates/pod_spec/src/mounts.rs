@@ -12,7 +12,7 @@ use oci_spec::runtime::Mount;
 use crate::bundle::{HostCopy, SubPath};
 use crate::error::SpecError;
 use crate::host_mounts::HostMounts;
-use crate::volumes::{self, EmptyDir, Medium, VolumeKind};
+use crate::volumes::{self, EmptyDir, Medium, VolumeKind, WriteBack};
 
 /// The most host files or folders that one container may have copied.
 const MAX_COPIES: usize = 64;
@@ -81,7 +81,8 @@ fn one(
     let guest_source = match kind {
         VolumeKind::SharedMemory => Ok(layout::SHM_DIR.to_owned()),
         VolumeKind::EmptyDir { volume, below } => empty_dir(id, volume, below, source, needs),
-        VolumeKind::Copied => copy(id, source, &mut needs.copies),
+        VolumeKind::Copied => copy(id, source, None, &mut needs.copies),
+        VolumeKind::WrittenBack(back) => copy(id, source, Some(back), &mut needs.copies),
         VolumeKind::SharedDirectory => Err(format!(
             "{} is a directory of the host, which a pod cannot share yet: mount it read-only, or use an emptyDir",
             source.display()
@@ -92,10 +93,19 @@ fn one(
     Ok(mount)
 }
 
-fn copy(id: &ContainerId, source: PathBuf, copies: &mut Vec<HostCopy>) -> Result<String, String> {
+fn copy(
+    id: &ContainerId,
+    source: PathBuf,
+    back: Option<WriteBack>,
+    copies: &mut Vec<HostCopy>,
+) -> Result<String, String> {
     let index = next_index(copies, MAX_COPIES)
         .ok_or_else(|| format!("more than {MAX_COPIES} host files: use fewer volumes"))?;
-    copies.push(HostCopy { index, source });
+    copies.push(HostCopy {
+        index,
+        source,
+        back,
+    });
     Ok(layout::copied_mount(id, index))
 }
 
@@ -124,7 +134,11 @@ fn empty_dir(
         });
         layout::sub_path(id, index)
     };
-    if !needs.empty_dirs.iter().any(|known| known.name == volume.name) {
+    if !needs
+        .empty_dirs
+        .iter()
+        .any(|known| known.name == volume.name)
+    {
         needs.empty_dirs.push(volume);
     }
     Ok(guest_source)
@@ -169,7 +183,10 @@ mod tests {
     #[test]
     fn guest_file_systems_pass_unchanged() {
         let json = r#"{"destination":"/proc","type":"proc","source":"proc","options":["nosuid"]}"#;
-        assert_eq!(translate_one(json).unwrap(), (mount(json), Needs::default()));
+        assert_eq!(
+            translate_one(json).unwrap(),
+            (mount(json), Needs::default())
+        );
     }
 
     #[test]
@@ -194,7 +211,8 @@ mod tests {
             needs.copies,
             [HostCopy {
                 index: 0,
-                source: "/var/x".into()
+                source: "/var/x".into(),
+                back: None,
             }]
         );
     }
@@ -248,7 +266,10 @@ mod tests {
             ))
         });
         let (mounts, needs) = translate(&"c1".parse().unwrap(), mounts.into(), &host).unwrap();
-        let sources: Vec<_> = mounts.iter().map(|mount| mount.source().clone().unwrap()).collect();
+        let sources: Vec<_> = mounts
+            .iter()
+            .map(|mount| mount.source().clone().unwrap())
+            .collect();
         assert_eq!(
             sources,
             [
@@ -256,7 +277,11 @@ mod tests {
                 PathBuf::from("/run/coffer/sub_paths/c1/0")
             ]
         );
-        let names: Vec<_> = needs.empty_dirs.iter().map(|volume| volume.name.as_str()).collect();
+        let names: Vec<_> = needs
+            .empty_dirs
+            .iter()
+            .map(|volume| volume.name.as_str())
+            .collect();
         assert_eq!(names, ["u.v"]);
         let sub_path = needs.sub_paths.first().unwrap();
         assert_eq!(sub_path.path, Path::new("a"));

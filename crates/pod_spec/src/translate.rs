@@ -54,8 +54,7 @@ pub(crate) fn container(
         .ok_or(SpecError::Missing("linux"))?;
     translate_linux(linux, role)?;
 
-    let (mounts, needs) =
-        mounts::translate(id, spec.mounts().clone().unwrap_or_default(), host)?;
+    let (mounts, needs) = mounts::translate(id, spec.mounts().clone().unwrap_or_default(), host)?;
     spec.set_mounts(Some(mounts));
     spec.set_hostname(None);
     spec.set_domainname(None);

@@ -9,6 +9,8 @@
 //! |---|---|
 //! | `pods/<uid>/volumes/kubernetes.io~empty-dir/<name>` | an emptyDir; a mount there tells its medium |
 //! | `pods/<uid>/volume-subpaths/<volume>/<container>/<n>` | a bind mount of a part of a volume |
+//! | `pods/<uid>/containers/<container>/<file>` | where the container leaves its termination message |
+//! | `pods/<uid>/etc-hosts` | the pod's `/etc/hosts` |
 
 use std::path::{Path, PathBuf};
 
@@ -30,6 +32,8 @@ pub enum VolumeKind {
     },
     /// A file or folder whose contents the guest gets once, when the container is made.
     Copied,
+    /// A file of the kubelet's that the container may write: copied, and written back when the container ends.
+    WrittenBack(WriteBack),
     /// A directory that must be the host's own.
     SharedDirectory,
 }
@@ -56,6 +60,31 @@ pub enum Medium {
     HugePages(Option<Bytes>),
 }
 
+/// How much of a file is written back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WriteBack {
+    /// Its last [`MAX_TERMINATION_MESSAGE`]: more is not read by a kubelet.
+    TerminationMessage,
+    /// All of it, or nothing if it has more than [`MAX_WRITTEN_BACK`].
+    Whole,
+}
+
+/// The most of a termination message that counts: `MaxContainerTerminationMessageLength` of Kubernetes.
+pub const MAX_TERMINATION_MESSAGE: Bytes = Bytes(4096);
+
+/// The largest other file that is written back.
+pub const MAX_WRITTEN_BACK: Bytes = Bytes(64 << 10);
+
+impl WriteBack {
+    /// The most bytes that are written back.
+    pub fn max(self) -> Bytes {
+        match self {
+            Self::TerminationMessage => MAX_TERMINATION_MESSAGE,
+            Self::Whole => MAX_WRITTEN_BACK,
+        }
+    }
+}
+
 /// Files that CRI writes for a pod and mounts into each container: small, and never changed again.
 const CRI_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
 
@@ -74,7 +103,7 @@ pub fn classify(
     if destination == Path::new(SHARED_MEMORY) {
         return VolumeKind::SharedMemory;
     }
-    if let Some(kind) = kubelet_volume(source, host) {
+    if let Some(kind) = kubelets(source, read_only, host) {
         return kind;
     }
     if read_only || CRI_FILES.iter().any(|file| destination == Path::new(file)) {
@@ -83,12 +112,17 @@ pub fn classify(
     VolumeKind::SharedDirectory
 }
 
-/// The volume of a kubelet's that `source` is, or is a part of.
-fn kubelet_volume(source: &Path, host: &HostMounts) -> Option<VolumeKind> {
+/// What of a kubelet's `source` is, or is a part of.
+fn kubelets(source: &Path, read_only: bool, host: &HostMounts) -> Option<VolumeKind> {
     let path = PodPath::parse(source)?;
     let volume = match path.within {
         Within::Volume(_) => path,
         Within::SubPath(_) => whole_of_sub_path(&path, host)?,
+        Within::TerminationLog | Within::EtcHosts if read_only => return None,
+        Within::TerminationLog => {
+            return Some(VolumeKind::WrittenBack(WriteBack::TerminationMessage));
+        }
+        Within::EtcHosts => return Some(VolumeKind::WrittenBack(WriteBack::Whole)),
     };
     let Within::Volume(place) = volume.within else {
         return None;
@@ -101,7 +135,11 @@ fn kubelet_volume(source: &Path, host: &HostMounts) -> Option<VolumeKind> {
         volume: EmptyDir {
             name: format!("{}.{}", volume.uid, place.name),
             medium,
-            source: volume.pod.join("volumes").join(place.plugin).join(place.name),
+            source: volume
+                .pod
+                .join("volumes")
+                .join(place.plugin)
+                .join(place.name),
         },
         below: place.below,
     })
@@ -122,6 +160,10 @@ enum Within {
     Volume(Place),
     /// `volume-subpaths/<volume>/<container>/<n>`: the last three.
     SubPath([String; 3]),
+    /// `containers/<container>/<file>`
+    TerminationLog,
+    /// `etc-hosts`
+    EtcHosts,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -153,9 +195,11 @@ impl PodPath {
                     name: (*name).to_owned(),
                     below: below.iter().collect(),
                 }),
-                ["volume-subpaths", volume, container, number] => Within::SubPath(
-                    [*volume, *container, *number].map(str::to_owned),
-                ),
+                ["volume-subpaths", volume, container, number] => {
+                    Within::SubPath([*volume, *container, *number].map(str::to_owned))
+                }
+                ["containers", _, _] => Within::TerminationLog,
+                ["etc-hosts"] => Within::EtcHosts,
                 _ => return None,
             };
             let pod = root.iter().chain(["pods", *uid].iter()).collect();
@@ -279,6 +323,20 @@ mod tests {
         assert_eq!(volume.medium, Medium::Memory(Some(Bytes(1 << 20))));
         assert_eq!(volume.source, Path::new(&source));
         assert_eq!(below, Path::new(""));
+    }
+
+    #[test]
+    fn kubelets_own_files_are_written_back_unless_they_are_read_only() {
+        for (source, back) in [
+            (
+                "/k/pods/u/containers/main/1234abcd",
+                WriteBack::TerminationMessage,
+            ),
+            ("/k/pods/u/etc-hosts", WriteBack::Whole),
+        ] {
+            assert_eq!(kind("/x", source, false), VolumeKind::WrittenBack(back));
+            assert_eq!(kind("/x", source, true), VolumeKind::Copied);
+        }
     }
 
     #[test]

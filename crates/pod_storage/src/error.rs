@@ -74,6 +74,9 @@ pub enum StorageError {
     /// An emptyDir of the kubelet's is no directory.
     #[error("{} is no directory, as an emptyDir must be: delete the pod and let it be made again", .0.display())]
     NotADirectory(PathBuf),
+    /// What a container may write is no regular file.
+    #[error("{} is no regular file, so it cannot be written back: mount a file", .0.display())]
+    NotAFile(PathBuf),
     /// A name that cannot be sent to the guest.
     #[error("{} is not UTF-8, which names in volumes must be: rename it", .0.display())]
     NameNotUtf8(PathBuf),

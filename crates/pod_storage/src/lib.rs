@@ -26,6 +26,7 @@ mod image;
 mod plan;
 mod scratch;
 mod volumes;
+mod write_back;
 
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
@@ -40,6 +41,7 @@ pub use copies::{MAX_COPY_BYTES, MAX_COPY_ENTRIES};
 pub use error::StorageError;
 pub use plan::{RootfsMount, RootfsPlan};
 pub use volumes::{empty_dirs, host_mounts, sub_paths};
+pub use write_back::{Written, WrittenBack};
 
 /// The node's storage: the image cache and the scratch template. Any number of processes may use one cache directory.
 #[derive(Debug, Clone)]

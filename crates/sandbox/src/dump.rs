@@ -42,6 +42,7 @@ pub(crate) fn own(owner: &Owner) -> Value {
         "sandbox_id": owner.shared.id.as_str(),
         "processes": processes,
         "requests_waiting": owner.waiting.len(),
+        "exits_held": owner.held_exits.len(),
         "work_under_way": owner.work.len(),
         "closing": owner.closing,
     })

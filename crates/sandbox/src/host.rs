@@ -7,6 +7,7 @@ use std::any::Any;
 
 use agent_proto::api;
 use hypervisor::{Disk, VmSpec};
+use pod_storage::WrittenBack;
 
 use crate::error::SandboxError;
 use crate::request::CreateTask;
@@ -64,6 +65,8 @@ pub struct GuestContainer {
     pub rootfs: GuestRootfs,
     /// Host files that go into guest memory.
     pub copied_mounts: Vec<api::CopiedMount>,
+    /// Those of them that the host gets back when the container has ended.
+    pub written_back: Vec<WrittenBack>,
     /// EmptyDirs that the guest makes.
     pub volumes: Vec<api::Volume>,
     /// Parts of them that the container mounts.

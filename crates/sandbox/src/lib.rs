@@ -36,6 +36,7 @@ mod requests;
 mod tests;
 mod vm;
 mod work;
+mod write_back;
 
 pub use agent_client::{StdioPaths, TerminalSize};
 pub use error::{SandboxError, SandboxErrorKind};

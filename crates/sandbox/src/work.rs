@@ -10,6 +10,7 @@ use std::time::Duration;
 use agent_client::{AgentCode, AgentError, HostStdio, TerminalSize};
 use agent_proto::{ProcessKey, api};
 use ids::{ContainerId, DiskSerial, Generation};
+use pod_storage::WrittenBack;
 use task_state::{Pid, ProcessId, Role};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
@@ -81,17 +82,19 @@ impl Creation {
                     role: Role::Sandbox,
                     pid: Pid::of_host_process(vm.processes().vmm),
                     disks: Vec::new(),
+                    written_back: Vec::new(),
                     guard,
                 }));
             }
             ContainerKind::Guest(container) => container,
         };
         let guest = vm::ready(self.shared.vm.subscribe()).await?;
-        let (request, host) = phase(self.of(), "attach", async {
+        let (request, host, written_back) = phase(self.of(), "attach", async {
             let GuestContainer {
                 spec_json,
                 rootfs,
                 copied_mounts,
+                written_back,
                 volumes,
                 sub_paths,
             } = container;
@@ -108,13 +111,14 @@ impl Creation {
                 sub_paths,
                 ..Default::default()
             };
-            Ok((request, host))
+            Ok((request, host, written_back))
         })
         .await?;
         Ok(Prepared::Guest(Box::new(Ready {
             guest,
             request,
             host,
+            written_back,
             guard,
         })))
     }
@@ -136,6 +140,7 @@ impl Creation {
             guest,
             request,
             host,
+            written_back,
             guard,
         } = ready;
         let container = &self.task.container;
@@ -168,6 +173,7 @@ impl Creation {
                 role: Role::Guest,
                 pid,
                 disks: shares.to_vec(),
+                written_back,
                 guard,
             }),
             Err(error) => {
@@ -187,6 +193,7 @@ struct Ready {
     guest: Arc<Guest>,
     request: api::CreateContainerRequest,
     host: HostStdio,
+    written_back: Vec<WrittenBack>,
     guard: Box<dyn std::any::Any + Send>,
 }
 

@@ -55,6 +55,7 @@ impl Host for FakeHost {
                 spec_json,
                 rootfs: GuestRootfs::Layered(Vec::new()),
                 copied_mounts: Vec::new(),
+                written_back: Vec::new(),
                 volumes: Vec::new(),
                 sub_paths: Vec::new(),
             }),

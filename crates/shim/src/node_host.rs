@@ -15,7 +15,7 @@ use agent_proto::{CONTROL_PORT, api};
 use hypervisor::{Disk, VmSpec};
 use ids::{DiskSerial, GuestCid, SandboxId};
 use pod_spec::{Bundle, ContainerSpec, Role, RuntimeConfig, SpecError};
-use pod_storage::{Rootfs, RootfsForm, StorageError, Store};
+use pod_storage::{Rootfs, RootfsForm, StorageError, Store, WrittenBack};
 use sandbox::{
     ContainerKind, ContainerPlan, CreateTask, GuestContainer, GuestDisk, GuestRootfs, Host,
     PodPlan, SandboxError, SandboxErrorKind,
@@ -82,6 +82,7 @@ impl NodeHost {
         Ok(GuestContainer {
             spec_json: spec.guest_spec,
             rootfs: guest_rootfs(rootfs)?,
+            written_back: WrittenBack::open_all(&spec.copies).map_err(storage_error)?,
             copied_mounts: store.copy_files(&spec.copies).map_err(storage_error)?,
             volumes: pod_storage::empty_dirs(&spec.empty_dirs).map_err(storage_error)?,
             sub_paths: pod_storage::sub_paths(&spec.sub_paths).map_err(storage_error)?,
@@ -252,6 +253,7 @@ fn storage_error(error: StorageError) -> SandboxError {
         | StorageError::CopyTooLarge(_)
         | StorageError::CopyKind { .. }
         | StorageError::NotADirectory(_)
+        | StorageError::NotAFile(_)
         | StorageError::NameNotUtf8(_) => SandboxErrorKind::InvalidArgument,
         StorageError::Io { .. } | StorageError::Tool { .. } | StorageError::Serial(_) => {
             SandboxErrorKind::Internal

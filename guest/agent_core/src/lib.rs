@@ -20,7 +20,7 @@ pub use error::{Code, Error};
 pub use events::Events;
 pub use plan::*;
 pub use service::Service;
-pub use system::{Gate, Job, Launched, System};
+pub use system::{FileEnd, Files, Gate, Job, Launched, System};
 pub use table::{Consequences, Exit, ProcessIo, ProcessTable};
 pub use volume_plan::{
     MAX_VOLUME_NAME_LEN, MAX_VOLUMES, MediumPlan, OwnerPlan, SubPathPlan, VolumePlan,

@@ -334,8 +334,7 @@ impl ContainerPlan {
                 Ok((mount.index, files))
             })
             .collect::<Result<_, Error>>()?;
-        let (volumes, sub_paths) =
-            volume_plan::parse_all(request.volumes, request.sub_paths)?;
+        let (volumes, sub_paths) = volume_plan::parse_all(request.volumes, request.sub_paths)?;
         Ok(Self {
             key: ProcessKey {
                 container,

@@ -155,6 +155,21 @@ impl<S: System> service::Agent for Service<S> {
         })
     }
 
+    async fn read_copied_file(
+        &self,
+        _: &TtrpcContext,
+        request: api::ReadCopiedFileRequest,
+    ) -> ttrpc::Result<api::FileEnd> {
+        let id = parsed(container_id(&request.container_id))?;
+        let read = self.0.read_copied(&id, request.index, request.max_bytes);
+        let end = parsed(read.await)?;
+        Ok(api::FileEnd {
+            size: end.size,
+            data: end.data,
+            ..Default::default()
+        })
+    }
+
     async fn remove_container(
         &self,
         _: &TtrpcContext,

@@ -16,8 +16,31 @@ use oci_spec::runtime::{Process, Spec};
 use crate::Error;
 use crate::plan::{ContainerPlan, SandboxPlan};
 
+/// The files that the host has put into the guest.
+pub trait Files {
+    /// The last `max` bytes of a copied mount that is a single file, and how many it has.
+    ///
+    /// # Errors
+    /// [`Error`].
+    fn read_copied(
+        &self,
+        container: &ContainerId,
+        index: u32,
+        max: usize,
+    ) -> Result<FileEnd, Error>;
+}
+
+/// The end of a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileEnd {
+    /// How many bytes the file has.
+    pub size: u64,
+    /// The last of them.
+    pub data: Vec<u8>,
+}
+
 /// The machine.
-pub trait System: Send + Sync + 'static {
+pub trait System: Files + Send + Sync + 'static {
     /// Makes what the pod's containers share.
     ///
     /// # Errors

@@ -8,8 +8,8 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex};
 
 use agent_core::{
-    Agent, Code, ContainerPlan, Error, Gate, Job, Launched, RootfsPlan, SandboxPlan, StdioPlan,
-    System,
+    Agent, Code, ContainerPlan, Error, FileEnd, Files, Gate, Job, Launched, RootfsPlan,
+    SandboxPlan, StdioPlan, System,
 };
 use agent_proto::{ProcessKey, api};
 use ids::{ContainerId, Generation};
@@ -36,6 +36,16 @@ impl Fake {
     fn open_mounts(&self) {
         *self.mounts.0.lock().unwrap() = true;
         self.mounts.1.notify_all();
+    }
+}
+
+impl Files for Fake {
+    fn read_copied(&self, _: &ContainerId, index: u32, max: usize) -> Result<FileEnd, Error> {
+        self.note(format!("read {index} {max}"));
+        Ok(FileEnd {
+            size: 5,
+            data: b"ended".to_vec(),
+        })
     }
 }
 
@@ -180,4 +190,18 @@ async fn slow_mount_delays_neither_signals_nor_events() {
     assert_eq!(error.code(), Code::AlreadyExists);
     agent.system().open_mounts();
     slow.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn copied_file_of_a_known_container_is_read_up_to_the_cap() {
+    let agent = Agent::new(Arc::new(Fake::default()));
+    let id: ContainerId = "c".parse().unwrap();
+    let error = agent.read_copied(&id, 0, 4096).await.unwrap_err();
+    assert_eq!(error.code(), Code::NotFound);
+    agent.create_container(plan("c")).await.unwrap();
+    let max = u32::try_from(agent_proto::MAX_FILE_END_LEN).unwrap();
+    let end = agent.read_copied(&id, 0, max).await.unwrap();
+    assert_eq!(end.data, b"ended");
+    let error = agent.read_copied(&id, 0, max + 1).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
 }

@@ -9,3 +9,4 @@ mod phases;
 mod pod;
 mod soak;
 mod streams;
+mod write_back;

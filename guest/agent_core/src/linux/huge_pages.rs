@@ -140,7 +140,10 @@ mod tests {
         for limit in [0, NO_LIMIT] {
             reserve_in(dir.path(), &limits("1GB", limit), &mut reserved).unwrap();
         }
-        assert_eq!((fs::read(&pool).unwrap(), reserved.len()), (b"0".to_vec(), 0));
+        assert_eq!(
+            (fs::read(&pool).unwrap(), reserved.len()),
+            (b"0".to_vec(), 0)
+        );
     }
 
     #[test]

@@ -35,7 +35,7 @@ pub use watch::MemoryWatch;
 use crate::Error;
 use crate::error::Context as _;
 use crate::plan::{ContainerPlan, DiskPlan, RootfsPlan, SandboxPlan};
-use crate::system::{Job, Launched, System};
+use crate::system::{FileEnd, Files, Job, Launched, System};
 
 /// The guest.
 #[derive(Debug)]
@@ -133,6 +133,17 @@ fn writable_layer(id: &ContainerId) -> PathBuf {
     Path::new(layout::SCRATCH_DIR)
         .join("containers")
         .join(id.as_str())
+}
+
+impl Files for Linux {
+    fn read_copied(
+        &self,
+        container: &ContainerId,
+        index: u32,
+        max: usize,
+    ) -> Result<FileEnd, Error> {
+        copied::read_end(Path::new(&layout::copied_mount(container, index)), max)
+    }
 }
 
 impl System for Linux {

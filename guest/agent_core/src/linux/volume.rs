@@ -209,9 +209,7 @@ mod tests {
         use rustix::mount::{MountPropagationFlags, mount_change};
         #[expect(unsafe_code, reason = "the mounts of a test are its thread's own")]
         // SAFETY: only the calling thread's mount namespace changes; no descriptor table is unshared.
-        let own = unsafe {
-            rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS)
-        };
+        let own = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) };
         let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         own.is_ok() && mount_change("/", flags).is_ok()
     }

@@ -34,6 +34,19 @@ impl PodDir {
         }
     }
 
+    /// The file for a container's termination message as kubelet makes it.
+    fn termination_log(&self, container: &str) -> PathBuf {
+        let path = self
+            .path
+            .join("containers")
+            .join(container)
+            .join("1f2e3d4c");
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, "").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+        path
+    }
+
     /// An emptyDir as kubelet makes it: open to all.
     fn empty_dir(&self, name: &str) -> PathBuf {
         let path = self.path.join("volumes/kubernetes.io~empty-dir").join(name);
@@ -122,8 +135,20 @@ fn empty_dir_is_shared_by_the_containers_of_a_pod() {
     let mut kubelet = Kubelet::new("shared-dir");
     let pod = kubelet.run_pod("shared-dir");
     let volume = dir.empty_dir("cache");
-    let one = run_with(&kubelet, &pod, "one", &IDLE, vec![mount(&volume, "/a", false)]);
-    let two = run_with(&kubelet, &pod, "two", &IDLE, vec![mount(&volume, "/b", true)]);
+    let one = run_with(
+        &kubelet,
+        &pod,
+        "one",
+        &IDLE,
+        vec![mount(&volume, "/a", false)],
+    );
+    let two = run_with(
+        &kubelet,
+        &pod,
+        "two",
+        &IDLE,
+        vec![mount(&volume, "/b", true)],
+    );
     output(&kubelet, &one, "echo written by one > /a/note");
     assert_eq!(output(&kubelet, &two, "cat /b/note"), "written by one\n");
     let refused = kubelet.exec(&two, &sh("echo x > /b/other"));
@@ -146,7 +171,9 @@ fn empty_dir_survives_the_restart_of_its_container() {
         let command = sh("cat /data/note; echo from before > /data/note");
         let mounts = vec![mount(&volume, "/data", false)];
         let id = kubelet
-            .create_with(&pod, "main", attempt, &command, |config| config.mounts = mounts)
+            .create_with(&pod, "main", attempt, &command, |config| {
+                config.mounts = mounts
+            })
             .unwrap();
         kubelet.start(&id);
         assert_eq!(kubelet.exit_code(&id), 0);
@@ -166,7 +193,13 @@ fn empty_dir_has_the_pods_fs_group() {
     let volume = dir.empty_dir("data");
     chown(&volume, None, Some(2000)).unwrap();
     fs::set_permissions(&volume, fs::Permissions::from_mode(0o2777)).unwrap();
-    let main = run_with(&kubelet, &pod, "main", &IDLE, vec![mount(&volume, "/data", false)]);
+    let main = run_with(
+        &kubelet,
+        &pod,
+        "main",
+        &IDLE,
+        vec![mount(&volume, "/data", false)],
+    );
     let script = "stat -c '%a %u %g' /data; touch /data/x; stat -c %g /data/x";
     assert_eq!(output(&kubelet, &main, script), "2777 0 2000\n2000\n");
 }
@@ -178,8 +211,20 @@ fn empty_dir_in_memory_is_a_tmpfs_of_its_size_limit() {
     let mut kubelet = Kubelet::new("memory-dir");
     let pod = kubelet.run_pod("memory-dir");
     let volume = dir.memory_dir("fast", "1m");
-    let one = run_with(&kubelet, &pod, "one", &IDLE, vec![mount(&volume, "/fast", false)]);
-    let two = run_with(&kubelet, &pod, "two", &IDLE, vec![mount(&volume, "/fast", false)]);
+    let one = run_with(
+        &kubelet,
+        &pod,
+        "one",
+        &IDLE,
+        vec![mount(&volume, "/fast", false)],
+    );
+    let two = run_with(
+        &kubelet,
+        &pod,
+        "two",
+        &IDLE,
+        vec![mount(&volume, "/fast", false)],
+    );
     let script = "grep ' /fast ' /proc/mounts | cut -d' ' -f3; df -k /fast | tail -1 | tr -s ' ' | cut -d' ' -f2";
     assert_eq!(output(&kubelet, &one, script), "tmpfs\n1024\n");
     output(&kubelet, &one, "echo shared > /fast/note");
@@ -235,7 +280,11 @@ fn sub_path_of_an_empty_dir_is_that_part_of_it() {
         mount(&dir.sub_path(&memory, "part", "memory", 3), "/part", true),
     ];
     let main = run_with(&kubelet, &pod, "main", &IDLE, mounts);
-    output(&kubelet, &main, "echo log > /logs/one; echo part > /memory/part/two");
+    output(
+        &kubelet,
+        &main,
+        "echo log > /logs/one; echo part > /memory/part/two",
+    );
     assert_eq!(
         output(&kubelet, &main, "cat /disk/logs/app/one /part/two"),
         "log\npart\n"
@@ -262,5 +311,79 @@ fn host_path_that_is_writable_is_refused_by_name() {
     });
     let started = refused.and_then(|id| kubelet.try_start(&id));
     let message = started.unwrap_err().message().to_owned();
-    assert!(message.contains("mounts[/data]: /srv is a directory of the host"), "{message}");
+    assert!(
+        message.contains("mounts[/data]: /srv is a directory of the host"),
+        "{message}"
+    );
+}
+
+#[test]
+fn termination_message_is_on_the_host_when_the_container_has_exited() {
+    let _node = Node::new("termination_message_is_on_the_host_when_the_container_has_exited");
+    let dir = PodDir::new("message");
+    let mut kubelet = Kubelet::new("message");
+    let pod = kubelet.run_pod("message");
+    for (name, place, code) in [
+        ("fails", "/dev/termination-log", 1),
+        ("succeeds", "/custom/message", 0),
+    ] {
+        let log = dir.termination_log(name);
+        let script = format!("printf 'the end of {name}' > {place}; exit {code}");
+        let mounts = vec![mount(&log, place, false)];
+        let id = kubelet
+            .create_with(&pod, name, 0, &sh(&script), |config| {
+                config.mounts = mounts;
+                let user = v1::Int64Value { value: 1000 };
+                let linux = config.linux.as_mut().unwrap();
+                linux.security_context.as_mut().unwrap().run_as_user = Some(user);
+            })
+            .unwrap();
+        kubelet.start(&id);
+        assert_eq!(kubelet.exit_code(&id), code);
+        assert_eq!(
+            fs::read_to_string(&log).unwrap(),
+            format!("the end of {name}")
+        );
+    }
+}
+
+#[test]
+fn long_termination_message_keeps_its_end() {
+    let _node = Node::new("long_termination_message_keeps_its_end");
+    let dir = PodDir::new("long");
+    let mut kubelet = Kubelet::new("long");
+    let pod = kubelet.run_pod("long");
+    let log = dir.termination_log("main");
+    let mounts = vec![mount(&log, "/dev/termination-log", false)];
+    let script = sh("seq 1 100000 > /dev/termination-log");
+    let main = run_with(&kubelet, &pod, "main", &script, mounts);
+    assert_eq!(kubelet.exit_code(&main), 0);
+    let message = fs::read_to_string(&log).unwrap();
+    assert_eq!(message.len(), 4096);
+    assert!(message.ends_with("\n99999\n100000\n"));
+}
+
+#[test]
+fn hosts_file_of_the_kubelet_is_the_containers() {
+    let _node = Node::new("hosts_file_of_the_kubelet_is_the_containers");
+    let dir = PodDir::new("hosts");
+    let mut kubelet = Kubelet::new("hosts");
+    let pod = kubelet.run_pod("hosts");
+    let hosts = dir.path.join("etc-hosts");
+    fs::write(&hosts, "127.0.0.1 localhost\n10.1.2.3 alias\n").unwrap();
+    let mounts = vec![mount(&hosts, "/etc/hosts", false)];
+    let script = sh("cat /etc/hosts; echo 10.9.9.9 added >> /etc/hosts");
+    let main = run_with(&kubelet, &pod, "main", &script, mounts);
+    assert_eq!(kubelet.exit_code(&main), 0);
+    eventually("the log is whole", || {
+        kubelet
+            .log("main", 0, "stdout")
+            .contains("10.1.2.3 alias")
+            .then_some(())
+    });
+    assert!(
+        fs::read_to_string(&hosts)
+            .unwrap()
+            .ends_with("10.9.9.9 added\n")
+    );
 }
