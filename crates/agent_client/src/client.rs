@@ -175,6 +175,14 @@ impl AgentClient {
         Ok(list.processes)
     }
 
+    /// `PutFiles`.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn put_files(&self, request: &api::PutFilesRequest) -> Result<(), AgentError> {
+        self.done("PutFiles", request, self.deadlines.call).await
+    }
+
     /// `ReadCopiedFile`. The answer has no more bytes than were asked for, nor than it says the file has.
     ///
     /// # Errors

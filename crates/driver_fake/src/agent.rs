@@ -216,6 +216,16 @@ impl service::Agent for Service {
         })
     }
 
+    async fn put_files(
+        &self,
+        _: &TtrpcContext,
+        request: api::PutFilesRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        self.enter("PutFiles", &request.volume).await?;
+        self.guest.put(request);
+        Ok(api::Empty::new())
+    }
+
     async fn read_copied_file(
         &self,
         _: &TtrpcContext,

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::agent::Service;
-use crate::guest::Guest;
+use crate::guest::{Files, Guest};
 use crate::script::{Boot, Script};
 
 /// What fake VMs say is their VMM's pid. A test's own process would do as well; this one is easier to see.
@@ -204,6 +204,11 @@ impl FakeVm {
     /// The size of a process's terminal, columns before rows; `exec` is empty for an init.
     pub fn terminal_size(&self, container: &str, exec: &str) -> Option<(u32, u32)> {
         self.guest.size(container, exec)
+    }
+
+    /// Waits until a volume in the guest is as wanted, and gives its files.
+    pub async fn volume(&self, name: &str, wanted: impl Fn(&Files) -> bool) -> Files {
+        self.guest.volume(name, wanted).await
     }
 
     /// The guest tells this, true or not.

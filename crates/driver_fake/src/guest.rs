@@ -23,7 +23,11 @@ pub(crate) struct Guest {
     pub(crate) script: Script,
     state: Mutex<State>,
     events: watch::Sender<Vec<api::Event>>,
+    volumes: watch::Sender<BTreeMap<String, Files>>,
 }
+
+/// A volume's files and links by path: contents, or where they lead.
+pub type Files = BTreeMap<String, String>;
 
 #[derive(Default)]
 struct State {
@@ -31,6 +35,7 @@ struct State {
     streams: BTreeMap<(ProcessKey, StreamKind), UnixStream>,
     waiting: BTreeMap<(ProcessKey, StreamKind), oneshot::Sender<UnixStream>>,
     pids: u32,
+    putting: BTreeMap<String, Files>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -50,6 +55,7 @@ impl Guest {
             script,
             state: Mutex::default(),
             events: watch::Sender::new(Vec::new()),
+            volumes: watch::Sender::new(BTreeMap::new()),
         })
     }
 
@@ -88,6 +94,41 @@ impl Guest {
         let mut keys = state.processes.keys();
         keys.find(|key| key.container == *container && key.exec.is_none())
             .cloned()
+    }
+
+    /// Takes a part of a volume, and with the last one the volume.
+    pub(crate) fn put(&self, request: api::PutFilesRequest) {
+        use api::copied_file::Content;
+        let mut state = self.lock();
+        if request.part == 0 {
+            state.putting.remove(&request.volume);
+        }
+        let files = state.putting.entry(request.volume.clone()).or_default();
+        for entry in request.entries {
+            let text = match entry.content {
+                Some(Content::Data(data)) => String::from_utf8_lossy(&data).into_owned(),
+                Some(Content::Symlink(target)) => format!("-> {target}"),
+                _ => continue,
+            };
+            files.entry(entry.path).or_default().push_str(&text);
+        }
+        if request.last
+            && let Some(files) = state.putting.remove(&request.volume)
+        {
+            self.volumes
+                .send_modify(|volumes| drop(volumes.insert(request.volume, files)));
+        }
+    }
+
+    /// Waits until a volume is as wanted.
+    pub(crate) async fn volume(&self, name: &str, wanted: impl Fn(&Files) -> bool) -> Files {
+        let mut volumes = self.volumes.subscribe();
+        let found = volumes.wait_for(|volumes| volumes.get(name).is_some_and(&wanted));
+        // The sender is here, so there is no error.
+        match found.await {
+            Ok(volumes) => volumes.get(name).cloned().unwrap_or_default(),
+            Err(_) => Files::default(),
+        }
     }
 
     /// What an init has left in its copied files.

@@ -14,7 +14,7 @@ use crate::error::SpecError;
 use crate::host_mounts::HostMounts;
 use crate::sizing::{Limits, VmSize};
 use crate::translate;
-use crate::volumes::{EmptyDir, WriteBack};
+use crate::volumes::{EmptyDir, LiveVolume, WriteBack};
 
 /// The longest `config.json`, in bytes. It crosses to the guest in one ttrpc message of at most 4 MiB.
 pub const MAX_SPEC_BYTES: usize = 2 << 20;
@@ -57,6 +57,8 @@ pub struct ContainerSpec {
     pub guest_spec: Vec<u8>,
     /// Host files to copy into the guest.
     pub copies: Vec<HostCopy>,
+    /// The volumes of the kubelet's that it mounts and that are to be kept current, each once.
+    pub live: Vec<LiveVolume>,
     /// The emptyDirs that the container mounts, each once.
     pub empty_dirs: Vec<EmptyDir>,
     /// The parts of them that it mounts.

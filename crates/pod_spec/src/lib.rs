@@ -32,5 +32,6 @@ pub use host_mounts::HostMounts;
 pub use sizing::VmSize;
 pub use translate::exec_process;
 pub use volumes::{
-    EmptyDir, MAX_TERMINATION_MESSAGE, MAX_WRITTEN_BACK, Medium, VolumeKind, WriteBack, classify,
+    EmptyDir, LiveVolume, MAX_TERMINATION_MESSAGE, MAX_WRITTEN_BACK, Medium, VolumeKind, WriteBack,
+    classify,
 };

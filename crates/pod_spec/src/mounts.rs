@@ -12,7 +12,7 @@ use oci_spec::runtime::Mount;
 use crate::bundle::{HostCopy, SubPath};
 use crate::error::SpecError;
 use crate::host_mounts::HostMounts;
-use crate::volumes::{self, EmptyDir, Medium, VolumeKind, WriteBack};
+use crate::volumes::{self, EmptyDir, LiveVolume, Medium, VolumeKind, WriteBack};
 
 /// The most host files or folders that one container may have copied.
 const MAX_COPIES: usize = 64;
@@ -29,6 +29,7 @@ const MAX_SUB_PATHS: usize = 64;
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Needs {
     pub(crate) copies: Vec<HostCopy>,
+    pub(crate) live: Vec<LiveVolume>,
     pub(crate) empty_dirs: Vec<EmptyDir>,
     pub(crate) sub_paths: Vec<SubPath>,
 }
@@ -81,6 +82,7 @@ fn one(
     let guest_source = match kind {
         VolumeKind::SharedMemory => Ok(layout::SHM_DIR.to_owned()),
         VolumeKind::EmptyDir { volume, below } => empty_dir(id, volume, below, source, needs),
+        VolumeKind::Live(volume) => Ok(live(volume, &mut needs.live)),
         VolumeKind::Copied => copy(id, source, None, &mut needs.copies),
         VolumeKind::WrittenBack(back) => copy(id, source, Some(back), &mut needs.copies),
         VolumeKind::SharedDirectory => Err(format!(
@@ -142,6 +144,14 @@ fn empty_dir(
         needs.empty_dirs.push(volume);
     }
     Ok(guest_source)
+}
+
+fn live(volume: LiveVolume, volumes: &mut Vec<LiveVolume>) -> String {
+    let place = layout::memory_volume(&volume.name);
+    if !volumes.contains(&volume) {
+        volumes.push(volume);
+    }
+    place
 }
 
 fn next_index<T>(list: &[T], max: usize) -> Option<u32> {
@@ -248,6 +258,21 @@ mod tests {
         let host = HostMounts::default();
         assert!(translate(&id, vec![mount(json); MAX_COPIES], &host).is_ok());
         assert!(translate(&id, vec![mount(json); MAX_COPIES + 1], &host).is_err());
+    }
+
+    #[test]
+    fn config_map_is_one_volume_for_all_its_mounts() {
+        let json = r#"{"destination":"/c","type":"bind","options":["rbind","ro"],
+            "source":"/k/pods/u/volumes/kubernetes.io~configmap/v"}"#;
+        let host = HostMounts::default();
+        let mounts = vec![mount(json), mount(json)];
+        let (mounts, needs) = translate(&"c1".parse().unwrap(), mounts, &host).unwrap();
+        for mount in mounts {
+            let source = mount.source().clone().unwrap();
+            assert_eq!(source, Path::new("/run/coffer/volumes/u.v"));
+        }
+        assert_eq!(needs.live.len(), 1);
+        assert_eq!(needs.copies, []);
     }
 
     #[test]

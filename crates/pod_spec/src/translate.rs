@@ -63,6 +63,7 @@ pub(crate) fn container(
     Ok(ContainerSpec {
         guest_spec,
         copies: needs.copies,
+        live: needs.live,
         empty_dirs: needs.empty_dirs,
         sub_paths: needs.sub_paths,
         host_rootfs,

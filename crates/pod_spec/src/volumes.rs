@@ -8,6 +8,7 @@
 //! | below the root directory | what |
 //! |---|---|
 //! | `pods/<uid>/volumes/kubernetes.io~empty-dir/<name>` | an emptyDir; a mount there tells its medium |
+//! | the same with `~configmap`, `~secret`, `~projected`, `~downward-api` | files that the kubelet keeps current |
 //! | `pods/<uid>/volume-subpaths/<volume>/<container>/<n>` | a bind mount of a part of a volume |
 //! | `pods/<uid>/containers/<container>/<file>` | where the container leaves its termination message |
 //! | `pods/<uid>/etc-hosts` | the pod's `/etc/hosts` |
@@ -30,6 +31,8 @@ pub enum VolumeKind {
         /// The part of it that is mounted (subPath); empty for the whole.
         below: PathBuf,
     },
+    /// A folder whose files the kubelet keeps current, and so the guest's copy of it, for all containers of the pod.
+    Live(LiveVolume),
     /// A file or folder whose contents the guest gets once, when the container is made.
     Copied,
     /// A file of the kubelet's that the container may write: copied, and written back when the container ends.
@@ -46,6 +49,15 @@ pub struct EmptyDir {
     /// What it is kept in.
     pub medium: Medium,
     /// Where the kubelet made it on the host: its owner and mode count, its contents do not.
+    pub source: PathBuf,
+}
+
+/// A volume whose files the kubelet writes: a ConfigMap, Secret, projected or downward API volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LiveVolume {
+    /// Its name among the guest's volumes: one path component.
+    pub name: String,
+    /// Where the kubelet keeps it on the host.
     pub source: PathBuf,
 }
 
@@ -93,6 +105,14 @@ const SHARED_MEMORY: &str = "/dev/shm";
 
 const EMPTY_DIR: &str = "kubernetes.io~empty-dir";
 
+/// Plugins of a kubelet's whose volumes its atomic writer writes.
+const LIVE: [&str; 4] = [
+    "kubernetes.io~configmap",
+    "kubernetes.io~secret",
+    "kubernetes.io~projected",
+    "kubernetes.io~downward-api",
+];
+
 /// What the bind mount of `source` at `destination` is.
 pub fn classify(
     destination: &Path,
@@ -127,21 +147,33 @@ fn kubelets(source: &Path, read_only: bool, host: &HostMounts) -> Option<VolumeK
     let Within::Volume(place) = volume.within else {
         return None;
     };
-    if place.plugin != EMPTY_DIR {
+    let name = format!("{}.{}", volume.uid, place.name);
+    let whole = volume
+        .pod
+        .join("volumes")
+        .join(&place.plugin)
+        .join(&place.name);
+    if place.plugin == EMPTY_DIR {
+        return Some(VolumeKind::EmptyDir {
+            volume: EmptyDir {
+                name,
+                medium: medium(&volume.uid, &place, host),
+                source: whole,
+            },
+            below: place.below,
+        });
+    }
+    if !LIVE.contains(&place.plugin.as_str()) {
         return None;
     }
-    let medium = medium(&volume.uid, &place, host);
-    Some(VolumeKind::EmptyDir {
-        volume: EmptyDir {
-            name: format!("{}.{}", volume.uid, place.name),
-            medium,
-            source: volume
-                .pod
-                .join("volumes")
-                .join(place.plugin)
-                .join(place.name),
-        },
-        below: place.below,
+    // As with any runtime, a part of one does not follow: its mount keeps the file that was there at the start.
+    Some(if place.below.as_os_str().is_empty() {
+        VolumeKind::Live(LiveVolume {
+            name,
+            source: whole,
+        })
+    } else {
+        VolumeKind::Copied
     })
 }
 
@@ -252,6 +284,8 @@ mod tests {
         93 22 0:45 /a/b /data/kubelet/pods/u1/volume-subpaths/mem/main/0 rw - tmpfs tmpfs rw,size=1024k\n\
         94 22 8:1 /data/kubelet/pods/u1/volumes/kubernetes.io~empty-dir/disk/logs \
            /data/kubelet/pods/u1/volume-subpaths/disk/main/1 rw - ext4 /dev/sda1 rw\n\
+        96 22 8:1 /data/kubelet/pods/u1/volumes/kubernetes.io~configmap/cfg/..2026/key \
+           /data/kubelet/pods/u1/volume-subpaths/cfg/main/4 rw - ext4 /dev/sda1 rw\n\
         95 22 8:1 /srv/claim/x /data/kubelet/pods/u1/volume-subpaths/pv/main/2 rw - ext4 /dev/sda1 rw\n";
 
     fn kind(destination: &str, source: &str, read_only: bool) -> VolumeKind {
@@ -323,6 +357,20 @@ mod tests {
         assert_eq!(volume.medium, Medium::Memory(Some(Bytes(1 << 20))));
         assert_eq!(volume.source, Path::new(&source));
         assert_eq!(below, Path::new(""));
+    }
+
+    #[test]
+    fn volumes_that_the_kubelet_writes_are_kept_current_and_parts_of_them_are_not() {
+        for plugin in ["configmap", "secret", "projected", "downward-api"] {
+            let source = format!("/k/pods/u1/volumes/kubernetes.io~{plugin}/cfg");
+            let expected = VolumeKind::Live(LiveVolume {
+                name: "u1.cfg".to_owned(),
+                source: source.clone().into(),
+            });
+            assert_eq!(kind("/x", &source, true), expected);
+        }
+        let part = "/data/kubelet/pods/u1/volume-subpaths/cfg/main/4";
+        assert_eq!(kind("/x", part, true), VolumeKind::Copied);
     }
 
     #[test]

@@ -13,25 +13,48 @@ use pod_spec::HostCopy;
 
 use crate::error::StorageError;
 
-/// The most bytes that one container's copied files may have: they cross to the guest in one ttrpc message of at most
-/// 4 MiB.
-pub const MAX_COPY_BYTES: u64 = 1 << 20;
+/// The most bytes that one container's copied files may have: with its spec they cross to the guest in one ttrpc message
+/// of at most 4 MiB. Volumes that the kubelet writes are not among them.
+pub const MAX_COPY_BYTES: u64 = 3 << 20;
 
 /// The most files, folders and links that one container may have copied.
 pub const MAX_COPY_ENTRIES: usize = 1024;
 
 /// What is left of the caps.
-struct Budget {
+pub(crate) struct Budget {
     bytes: u64,
     entries: usize,
+    max: (u64, usize),
+}
+
+impl Budget {
+    pub(crate) fn new(bytes: u64, entries: usize) -> Self {
+        Self {
+            bytes,
+            entries,
+            max: (bytes, entries),
+        }
+    }
+
+    fn exceeded(&self, path: &Path) -> StorageError {
+        StorageError::CopyTooLarge {
+            path: path.to_owned(),
+            bytes: self.max.0,
+            entries: self.max.1,
+        }
+    }
+}
+
+/// What to read: everything below the root that is wanted, by its path from there.
+#[derive(Clone, Copy)]
+pub(crate) struct Within<'a> {
+    pub(crate) root: &'a Path,
+    pub(crate) wanted: &'a dyn Fn(&Path) -> bool,
 }
 
 /// The contents of each of `copies`.
 pub(crate) fn read_all(copies: &[HostCopy]) -> Result<Vec<api::CopiedMount>, StorageError> {
-    let mut budget = Budget {
-        bytes: MAX_COPY_BYTES,
-        entries: MAX_COPY_ENTRIES,
-    };
+    let mut budget = Budget::new(MAX_COPY_BYTES, MAX_COPY_ENTRIES);
     copies
         .iter()
         .map(|copy| {
@@ -39,7 +62,11 @@ pub(crate) fn read_all(copies: &[HostCopy]) -> Result<Vec<api::CopiedMount>, Sto
             // The mount's source itself may be a link; what it points to is meant, as for a bind mount.
             let metadata =
                 fs::metadata(&copy.source).map_err(StorageError::io("read", &copy.source))?;
-            read_tree(&copy.source, &metadata, &mut budget, &mut entries)?;
+            let all = Within {
+                root: &copy.source,
+                wanted: &|_| true,
+            };
+            read_tree(all, &metadata, &mut budget, &mut entries)?;
             Ok(api::CopiedMount {
                 index: copy.index,
                 entries,
@@ -49,12 +76,14 @@ pub(crate) fn read_all(copies: &[HostCopy]) -> Result<Vec<api::CopiedMount>, Sto
         .collect()
 }
 
-fn read_tree(
-    root: &Path,
+/// Adds what there is to `entries`, parents before what is in them.
+pub(crate) fn read_tree(
+    within: Within<'_>,
     metadata: &Metadata,
     budget: &mut Budget,
     entries: &mut Vec<api::CopiedFile>,
 ) -> Result<(), StorageError> {
+    let root = within.root;
     let mut pending: Vec<(PathBuf, Metadata)> = vec![(PathBuf::new(), metadata.clone())];
     while let Some((relative, metadata)) = pending.pop() {
         let path = if relative.as_os_str().is_empty() {
@@ -62,19 +91,23 @@ fn read_tree(
         } else {
             root.join(&relative)
         };
-        let too_large = || StorageError::CopyTooLarge(root.to_owned());
-        budget.entries = budget.entries.checked_sub(1).ok_or_else(too_large)?;
+        let left = budget.entries.checked_sub(1);
+        budget.entries = left.ok_or_else(|| budget.exceeded(root))?;
         let content = read_entry(&path, &metadata, budget)
-            .and_then(|content| content.ok_or_else(too_large))?;
+            .and_then(|content| content.ok_or_else(|| budget.exceeded(root)))?;
         if matches!(content, api::copied_file::Content::Directory(_)) {
             for entry in path.read_dir().map_err(StorageError::io("list", &path))? {
                 let entry = entry.map_err(StorageError::io("list", &path))?;
+                let below = relative.join(entry.file_name());
+                if !(within.wanted)(&below) {
+                    continue;
+                }
                 let metadata = entry
                     .metadata()
                     .map_err(StorageError::io("read", &entry.path()))?;
-                pending.push((relative.join(entry.file_name()), metadata));
-                if pending.len() > MAX_COPY_ENTRIES {
-                    return Err(too_large());
+                pending.push((below, metadata));
+                if pending.len() > budget.entries {
+                    return Err(budget.exceeded(root));
                 }
             }
         }

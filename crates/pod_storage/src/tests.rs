@@ -294,7 +294,7 @@ fn copy_past_the_cap_is_refused_and_at_the_cap_is_not() {
     assert!(node.store.copy_files(&copies).is_ok());
     fs::write(source.join("g"), "x").unwrap();
     assert!(
-        matches!(node.store.copy_files(&copies), Err(StorageError::CopyTooLarge(path)) if path == source)
+        matches!(node.store.copy_files(&copies), Err(StorageError::CopyTooLarge { path, .. }) if path == source)
     );
 }
 

@@ -27,6 +27,7 @@ mod event;
 mod handle;
 mod host;
 mod input;
+mod live;
 mod owner;
 mod phase;
 mod record;

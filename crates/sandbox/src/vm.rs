@@ -25,6 +25,7 @@ use crate::disks::Disks;
 use crate::error::{SandboxError, SandboxErrorKind};
 use crate::host::PodPlan;
 use crate::input::Input;
+use crate::live::LiveVolumes;
 use crate::owner::Shared;
 use crate::phase::{Of, phase};
 
@@ -59,6 +60,7 @@ pub(crate) struct Guest {
     pub(crate) vm: Arc<dyn RunningVm>,
     pub(crate) agent: Arc<AgentClient>,
     pub(crate) disks: Disks,
+    pub(crate) live: LiveVolumes,
 }
 
 impl Failure {
@@ -232,9 +234,11 @@ async fn boot(
         configured.map_err(|error| convert::agent_start("set the guest up for the pod", error))
     })
     .await?;
+    let agent = Arc::new(agent);
     Ok(Arc::new(Guest {
         vm: Arc::clone(vm),
-        agent: Arc::new(agent),
+        live: LiveVolumes::new(shared.id.clone(), Arc::clone(&agent)),
+        agent,
         disks: Disks::new(Arc::clone(vm)),
     }))
 }

@@ -86,7 +86,7 @@ impl Creation {
                     guard,
                 }));
             }
-            ContainerKind::Guest(container) => container,
+            ContainerKind::Guest(container) => *container,
         };
         let guest = vm::ready(self.shared.vm.subscribe()).await?;
         let (request, host, written_back) = phase(self.of(), "attach", async {
@@ -95,9 +95,13 @@ impl Creation {
                 rootfs,
                 copied_mounts,
                 written_back,
+                live,
                 volumes,
                 sub_paths,
             } = container;
+            for volume in live {
+                guest.live.put(volume).await?;
+            }
             let rootfs = attach_rootfs(&guest, rootfs, shares).await?;
             let host = plan.1;
             let request = api::CreateContainerRequest {

@@ -82,6 +82,7 @@ impl NodeHost {
         Ok(GuestContainer {
             spec_json: spec.guest_spec,
             rootfs: guest_rootfs(rootfs)?,
+            live: spec.live,
             written_back: WrittenBack::open_all(&spec.copies).map_err(storage_error)?,
             copied_mounts: store.copy_files(&spec.copies).map_err(storage_error)?,
             volumes: pod_storage::empty_dirs(&spec.empty_dirs).map_err(storage_error)?,
@@ -148,7 +149,7 @@ impl Host for NodeHost {
                 let spec = bundle
                     .container(&task.container, &mounts)
                     .map_err(spec_error)?;
-                ContainerKind::Guest(self.guest_container(task, spec)?)
+                ContainerKind::Guest(Box::new(self.guest_container(task, spec)?))
             }
         };
         Ok(ContainerPlan {
@@ -250,7 +251,7 @@ fn storage_error(error: StorageError) -> SandboxError {
         StorageError::NoSpace { .. } => SandboxErrorKind::ResourceExhausted,
         StorageError::UnknownRootfs(_)
         | StorageError::Overlay { .. }
-        | StorageError::CopyTooLarge(_)
+        | StorageError::CopyTooLarge { .. }
         | StorageError::CopyKind { .. }
         | StorageError::NotADirectory(_)
         | StorageError::NotAFile(_)

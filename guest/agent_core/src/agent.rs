@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use agent_proto::{MAX_FILE_END_LEN, ProcessKey, StreamKind};
+use agent_proto::{ProcessKey, StreamKind};
 use ids::ContainerId;
 use oci_process::Streams;
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -23,10 +23,10 @@ use crate::error::Context as _;
 use crate::events::Events;
 use crate::plan::{ContainerPlan, ExecPlan, SandboxPlan, StdioPlan};
 use crate::stdio::{Connections, Stream, pump_input, pump_output};
-use crate::system::{FileEnd, Gate, Job, Launched, System};
+use crate::system::{Gate, Job, Launched, System};
 use crate::table::{Consequences, ExecBase, ProcessIo, ProcessTable};
 
-type Table = ProcessTable<Box<dyn Gate>>;
+pub(crate) type Table = ProcessTable<Box<dyn Gate>>;
 
 /// A container's or exec's process in the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,11 +82,11 @@ impl<S: System> Agent<S> {
         &self.system
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
+    pub(crate) fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn blocking<T: Send + 'static>(
+    pub(crate) async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&S) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
@@ -314,30 +314,6 @@ impl<S: System> Agent<S> {
                 exec: table.exec_of(pid).map(ToString::to_string),
             })
             .collect())
-    }
-
-    /// The end of a copied mount that is a single file.
-    ///
-    /// # Errors
-    /// [`Error::NotFound`] for an unknown container, [`Error::BadRequest`] for more than [`MAX_FILE_END_LEN`] bytes, or
-    /// what keeps the file from being read.
-    pub async fn read_copied(
-        &self,
-        id: &ContainerId,
-        index: u32,
-        max_bytes: u32,
-    ) -> Result<FileEnd, Error> {
-        let max = usize::try_from(max_bytes).unwrap_or(usize::MAX);
-        if max > MAX_FILE_END_LEN {
-            return Err(Error::bad(
-                "max_bytes",
-                format!("is {max_bytes}, at most {MAX_FILE_END_LEN} are allowed"),
-            ));
-        }
-        self.table().check_known(id)?;
-        let container = id.clone();
-        self.blocking(move |system| system.read_copied(&container, index, max))
-            .await
     }
 
     /// Takes an ended container away; an unknown one is no error.

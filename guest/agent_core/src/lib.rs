@@ -6,6 +6,7 @@
 mod agent;
 mod error;
 mod events;
+mod files;
 pub mod linux;
 pub mod log;
 mod plan;
@@ -23,5 +24,5 @@ pub use service::Service;
 pub use system::{FileEnd, Files, Gate, Job, Launched, System};
 pub use table::{Consequences, Exit, ProcessIo, ProcessTable};
 pub use volume_plan::{
-    MAX_VOLUME_NAME_LEN, MAX_VOLUMES, MediumPlan, OwnerPlan, SubPathPlan, VolumePlan,
+    MAX_VOLUME_NAME_LEN, MAX_VOLUMES, MediumPlan, OwnerPlan, PutPlan, SubPathPlan, VolumePlan,
 };

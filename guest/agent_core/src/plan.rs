@@ -93,6 +93,8 @@ pub struct CopiedFile {
     pub gid: u32,
     /// What it is.
     pub content: CopiedContent,
+    /// How many bytes of the file are there already; the contents come behind them.
+    pub offset: u64,
 }
 
 /// What a copied entry is.
@@ -402,7 +404,7 @@ pub(crate) fn plain_path(field: &str, path: &str) -> Result<PathBuf, Error> {
     Ok(PathBuf::from(path))
 }
 
-fn copied_file(file: api::CopiedFile) -> Result<CopiedFile, Error> {
+pub(crate) fn copied_file(file: api::CopiedFile) -> Result<CopiedFile, Error> {
     let path = plain_path("copied_mounts.path", &file.path)?;
     let content = match file.content {
         Some(api::copied_file::Content::Data(data)) => CopiedContent::Data(data),
@@ -421,6 +423,7 @@ fn copied_file(file: api::CopiedFile) -> Result<CopiedFile, Error> {
         uid: file.uid,
         gid: file.gid,
         content,
+        offset: file.offset,
     })
 }
 

@@ -14,6 +14,7 @@ use ttrpc::r#async::TtrpcContext;
 use crate::agent::Agent;
 use crate::plan::{ContainerPlan, ExecPlan, SandboxPlan, container_id, process_key};
 use crate::system::System;
+use crate::volume_plan::PutPlan;
 use crate::{Code, Error};
 
 /// [`Agent`] as a ttrpc service.
@@ -153,6 +154,17 @@ impl<S: System> service::Agent for Service<S> {
             processes,
             ..Default::default()
         })
+    }
+
+    async fn put_files(
+        &self,
+        _: &TtrpcContext,
+        request: api::PutFilesRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let plan = parsed(PutPlan::parse(request))?;
+        let agent = self.0.clone();
+        finish(async move { agent.put_files(plan).await }).await?;
+        Ok(api::Empty::new())
     }
 
     async fn read_copied_file(

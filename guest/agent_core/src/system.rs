@@ -15,9 +15,16 @@ use oci_spec::runtime::{Process, Spec};
 
 use crate::Error;
 use crate::plan::{ContainerPlan, SandboxPlan};
+use crate::volume_plan::PutPlan;
 
 /// The files that the host has put into the guest.
 pub trait Files {
+    /// Takes one part of what a volume is to hold; with the last one the volume is made, or changed over to it.
+    ///
+    /// # Errors
+    /// [`Error`]; the parts are forgotten.
+    fn put(&self, plan: &PutPlan) -> Result<(), Error>;
+
     /// The last `max` bytes of a copied mount that is a single file, and how many it has.
     ///
     /// # Errors

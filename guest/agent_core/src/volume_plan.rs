@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use agent_proto::{api, layout};
 
 use crate::Error;
-use crate::plan::plain_path;
+use crate::plan::{CopiedFile, copied_file, plain_path};
 
 /// The most volumes, and the most parts of volumes, that one container may mount.
 pub const MAX_VOLUMES: usize = 256;
@@ -60,6 +60,34 @@ pub struct SubPathPlan {
     pub path: PathBuf,
     /// Of the directory, if it has to be made.
     pub owner: OwnerPlan,
+}
+
+/// One part of what a volume is to hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PutPlan {
+    /// The volume's name: one path component.
+    pub volume: String,
+    /// Counts from 0.
+    pub part: u32,
+    /// Whether the volume is to change now.
+    pub last: bool,
+    /// Parents before what is in them.
+    pub entries: Vec<CopiedFile>,
+}
+
+impl PutPlan {
+    /// # Errors
+    /// [`Error::BadRequest`].
+    pub fn parse(request: api::PutFilesRequest) -> Result<Self, Error> {
+        check_name("volume", &request.volume)?;
+        let entries = request.entries.into_iter().map(copied_file);
+        Ok(Self {
+            volume: request.volume,
+            part: request.part,
+            last: request.last,
+            entries: entries.collect::<Result<_, _>>()?,
+        })
+    }
 }
 
 impl VolumePlan {

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex};
 
 use agent_core::{
-    Agent, Code, ContainerPlan, Error, FileEnd, Files, Gate, Job, Launched, RootfsPlan,
+    Agent, Code, ContainerPlan, Error, FileEnd, Files, Gate, Job, Launched, PutPlan, RootfsPlan,
     SandboxPlan, StdioPlan, System,
 };
 use agent_proto::{ProcessKey, api};
@@ -40,6 +40,11 @@ impl Fake {
 }
 
 impl Files for Fake {
+    fn put(&self, plan: &PutPlan) -> Result<(), Error> {
+        self.note(format!("put {}", plan.volume));
+        Ok(())
+    }
+
     fn read_copied(&self, _: &ContainerId, index: u32, max: usize) -> Result<FileEnd, Error> {
         self.note(format!("read {index} {max}"));
         Ok(FileEnd {

@@ -4,6 +4,7 @@
 //! Sandboxes over the fake driver: what containerd asks, what goes wrong, and what is left afterwards.
 
 mod boots;
+mod live;
 mod lives;
 mod phases;
 mod pod;

@@ -115,6 +115,15 @@ fn make(base: &OwnedFd, path: &Path, entry: &CopiedFile) -> std::io::Result<()> 
             fchown(&made, Some(user), Some(group))?;
             fchmod(&made, mode)?;
         }
+        CopiedContent::Data(data) if entry.offset > 0 => {
+            let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let mut begun = std::fs::File::from(openat(&folder, name, flags, Mode::empty())?);
+            let metadata = begun.metadata()?;
+            if !metadata.is_file() || metadata.len() != entry.offset {
+                return Err(std::io::ErrorKind::InvalidInput.into());
+            }
+            begun.write_all(data)?;
+        }
         CopiedContent::Data(data) => {
             let flags =
                 OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -142,6 +151,7 @@ mod tests {
             uid: owner.uid(),
             gid: owner.gid(),
             content,
+            offset: 0,
         }
     }
 

@@ -11,6 +11,7 @@ mod disk;
 mod huge_pages;
 mod mount;
 mod process;
+mod put;
 pub mod reaper;
 mod volume;
 mod watch;
@@ -36,6 +37,7 @@ use crate::Error;
 use crate::error::Context as _;
 use crate::plan::{ContainerPlan, DiskPlan, RootfsPlan, SandboxPlan};
 use crate::system::{FileEnd, Files, Job, Launched, System};
+use crate::volume_plan::PutPlan;
 
 /// The guest.
 #[derive(Debug)]
@@ -44,6 +46,7 @@ pub struct Linux {
     /// What each container has taken of the disks.
     taken: Mutex<HashMap<ContainerId, Taken>>,
     volumes: volume::Volumes,
+    puts: put::Puts,
     memory: MemoryWatch,
 }
 
@@ -61,6 +64,7 @@ impl Linux {
             disks: disk::Disks::default(),
             taken: Mutex::default(),
             volumes: volume::Volumes::default(),
+            puts: put::Puts::default(),
             memory,
         }
     }
@@ -136,6 +140,10 @@ fn writable_layer(id: &ContainerId) -> PathBuf {
 }
 
 impl Files for Linux {
+    fn put(&self, plan: &PutPlan) -> Result<(), Error> {
+        self.puts.put(plan)
+    }
+
     fn read_copied(
         &self,
         container: &ContainerId,

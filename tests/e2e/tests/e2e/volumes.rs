@@ -4,7 +4,7 @@
 //! Volumes of pods, on the paths where a kubelet puts them.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt as _, chown};
+use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
 use std::path::{Path, PathBuf};
 
 use e2e::{Node, eventually, run};
@@ -32,6 +32,14 @@ impl PodDir {
             path,
             mounts: Vec::new(),
         }
+    }
+
+    /// A volume that kubelet writes; `plugin` is "configmap", "secret" or the like.
+    fn written(&self, plugin: &str, name: &str) -> PathBuf {
+        let plugin = format!("kubernetes.io~{plugin}");
+        let path = self.path.join("volumes").join(plugin).join(name);
+        fs::create_dir_all(&path).unwrap();
+        path
     }
 
     /// The file for a container's termination message as kubelet makes it.
@@ -96,6 +104,28 @@ impl Drop for PodDir {
             run("umount", &[place.to_str().unwrap()]);
         }
         let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+/// Gives a volume its next state as kubelet's atomic writer does: a directory of its own, and a link that is renamed
+/// over the old one.
+fn write(volume: &Path, state: &str, files: &[(&str, &str)]) {
+    let folder = volume.join(state);
+    fs::create_dir(&folder).unwrap();
+    for (name, content) in files {
+        fs::write(folder.join(name), content).unwrap();
+        fs::set_permissions(folder.join(name), fs::Permissions::from_mode(0o640)).unwrap();
+    }
+    let old = fs::read_link(volume.join("..data"));
+    symlink(state, volume.join("..data_tmp")).unwrap();
+    fs::rename(volume.join("..data_tmp"), volume.join("..data")).unwrap();
+    for (name, _) in files {
+        if fs::symlink_metadata(volume.join(name)).is_err() {
+            symlink(Path::new("..data").join(name), volume.join(name)).unwrap();
+        }
+    }
+    if let Ok(old) = old {
+        fs::remove_dir_all(volume.join(old)).unwrap();
     }
 }
 
@@ -386,4 +416,226 @@ fn hosts_file_of_the_kubelet_is_the_containers() {
             .unwrap()
             .ends_with("10.9.9.9 added\n")
     );
+}
+
+/// Whether a script prints this at some time.
+fn becomes(kubelet: &Kubelet, container: &str, script: &str, wanted: &str) {
+    eventually(&format!("{script} prints {wanted:?}"), || {
+        (kubelet.exec(container, &sh(script)).stdout == wanted).then_some(())
+    });
+}
+
+#[test]
+fn config_map_that_changes_changes_in_the_container() {
+    let _node = Node::new("config_map_that_changes_changes_in_the_container");
+    let dir = PodDir::new("config-map");
+    let mut kubelet = Kubelet::new("config-map");
+    let pod = kubelet.run_pod("config-map");
+    for plugin in ["configmap", "secret", "projected", "downward-api"] {
+        let volume = dir.written(plugin, plugin);
+        write(&volume, "..1", &[("key", "one"), ("gone", "x")]);
+        let mounts = vec![mount(&volume, "/config", true)];
+        let main = run_with(&kubelet, &pod, plugin, &IDLE, mounts);
+        assert_eq!(
+            output(
+                &kubelet,
+                &main,
+                "cat /config/key; readlink /config/key; stat -Lc ' %a' /config/key"
+            ),
+            "one..data/key\n 640\n"
+        );
+        write(&volume, "..2", &[("key", "two"), ("new", "y")]);
+        fs::remove_file(volume.join("gone")).unwrap();
+        becomes(
+            &kubelet,
+            &main,
+            "cat /config/key; ls /config",
+            "twokey\nnew\n",
+        );
+        let refused = kubelet.exec(&main, &sh("echo x > /config/key"));
+        assert!(refused.stderr.contains("Read-only"), "{refused:?}");
+        kubelet.stop(&main, std::time::Duration::ZERO);
+    }
+}
+
+#[test]
+fn config_map_that_changes_wakes_inotify_in_the_container() {
+    let _node = Node::new("config_map_that_changes_wakes_inotify_in_the_container");
+    import_python();
+    let dir = PodDir::new("inotify");
+    let mut kubelet = Kubelet::new("inotify");
+    let pod = kubelet.run_pod("inotify");
+    let volume = dir.written("configmap", "config");
+    write(&volume, "..1", &[("key", "one")]);
+    let mounts = vec![mount(&volume, "/config", true)];
+    let main = kubelet
+        .create_with(&pod, "main", 0, &["python3", "-uc", WATCHER], |config| {
+            config.mounts = mounts;
+            config.image.as_mut().unwrap().image = PYTHON.to_owned();
+        })
+        .unwrap();
+    kubelet.start(&main);
+    let log = |wanted: &str| {
+        eventually(wanted, || {
+            kubelet
+                .log("main", 0, "stdout")
+                .contains(wanted)
+                .then_some(())
+        });
+    };
+    log("watching one");
+    write(&volume, "..2", &[("key", "two")]);
+    log("woken by ..data: two");
+    assert_eq!(kubelet.exit_code(&main), 0);
+}
+
+/// Waits in inotify, without a look in between, until `..data` has been renamed.
+const WATCHER: &str = "import ctypes, os, struct
+libc = ctypes.CDLL(None)
+fd = libc.inotify_init()
+assert libc.inotify_add_watch(fd, b'/config', 0x80) >= 0
+print('watching', open('/config/key').read())
+while True:
+    events = os.read(fd, 4096)
+    while events:
+        length = struct.unpack('iIII', events[:16])[3]
+        name = events[16:16 + length].rstrip(b'\\0').decode()
+        events = events[16 + length:]
+        if name == '..data':
+            print('woken by ..data:', open('/config/key').read())
+            raise SystemExit
+";
+
+const PYTHON: &str = "coffer.test/python:latest";
+
+/// The image with Python, for CRI too.
+fn import_python() {
+    let pass = format!("ctr -n default images export - {PYTHON} | ctr -n k8s.io images import -");
+    run("sh", &["-c", &pass]).success();
+}
+
+#[test]
+fn sub_path_of_a_config_map_does_not_change() {
+    let _node = Node::new("sub_path_of_a_config_map_does_not_change");
+    let mut dir = PodDir::new("config-part");
+    let mut kubelet = Kubelet::new("config-part");
+    let pod = kubelet.run_pod("config-part");
+    let volume = dir.written("configmap", "config");
+    write(&volume, "..1", &[("key", "one")]);
+    let part = dir.sub_path(&volume, "..1/key", "config", 0);
+    let mounts = vec![
+        mount(&volume, "/whole", true),
+        mount(&part, "/etc/app/key", true),
+    ];
+    let main = run_with(&kubelet, &pod, "main", &IDLE, mounts);
+    assert_eq!(output(&kubelet, &main, "cat /etc/app/key"), "one");
+    write(&volume, "..2", &[("key", "two")]);
+    becomes(&kubelet, &main, "cat /whole/key", "two");
+    assert_eq!(output(&kubelet, &main, "cat /etc/app/key"), "one");
+}
+
+#[test]
+fn service_account_token_is_rotated() {
+    let _node = Node::new("service_account_token_is_rotated");
+    let dir = PodDir::new("token");
+    let mut kubelet = Kubelet::new("token");
+    let pod = kubelet.run_pod("token");
+    let volume = dir.written("projected", "kube-api-access-x2x4z");
+    let token = "/var/run/secrets/kubernetes.io/serviceaccount";
+    let files =
+        |token: &'static str| [("token", token), ("ca.crt", "ca"), ("namespace", "default")];
+    write(&volume, "..1", &files("first"));
+    let mounts = vec![mount(&volume, token, true)];
+    let main = run_with(&kubelet, &pod, "main", &IDLE, mounts);
+    let read = format!("cat {token}/token");
+    assert_eq!(output(&kubelet, &main, &read), "first");
+    write(&volume, "..2", &files("second"));
+    becomes(&kubelet, &main, &read, "second");
+}
+
+#[test]
+fn secret_may_be_mounted_inside_a_config_map() {
+    let _node = Node::new("secret_may_be_mounted_inside_a_config_map");
+    let dir = PodDir::new("nested");
+    let mut kubelet = Kubelet::new("nested");
+    let pod = kubelet.run_pod("nested");
+    let config = dir.written("configmap", "config");
+    write(&config, "..1", &[("key", "config")]);
+    // Kubelet makes the place for the nested mount.
+    fs::create_dir(config.join("nested")).unwrap();
+    let secret = dir.written("secret", "secret");
+    write(&secret, "..1", &[("key", "secret")]);
+    let mounts = vec![
+        mount(&config, "/config", true),
+        mount(&secret, "/config/nested", true),
+    ];
+    let main = run_with(&kubelet, &pod, "main", &IDLE, mounts);
+    let read = "cat /config/key /config/nested/key";
+    assert_eq!(output(&kubelet, &main, read), "configsecret");
+    write(&config, "..2", &[("key", "other config")]);
+    write(&secret, "..2", &[("key", "other secret")]);
+    becomes(&kubelet, &main, read, "other configother secret");
+}
+
+#[test]
+fn config_maps_of_a_mebibyte_each_are_whole() {
+    let _node = Node::new("config_maps_of_a_mebibyte_each_are_whole");
+    let dir = PodDir::new("large");
+    let mut kubelet = Kubelet::new("large");
+    let pod = kubelet.run_pod("large");
+    let content = "0123456789abcdef".repeat((1 << 20) / 16);
+    let mut mounts = Vec::new();
+    for number in 0..4 {
+        let volume = dir.written("configmap", &format!("config{number}"));
+        write(&volume, "..1", &[("key", &content)]);
+        mounts.push(mount(&volume, &format!("/config{number}"), true));
+    }
+    let main = run_with(&kubelet, &pod, "main", &IDLE, mounts);
+    let all = output(
+        &kubelet,
+        &main,
+        "cat /config*/key | wc -c; cat /config3/key | md5sum",
+    );
+    let lines: Vec<&str> = all.lines().collect();
+    assert_eq!(lines[0], (4 << 20).to_string());
+    let sum = run(
+        "md5sum",
+        &[dir
+            .path
+            .join("volumes/kubernetes.io~configmap/config3/key")
+            .to_str()
+            .unwrap()],
+    );
+    assert_eq!(lines[1].split(' ').next(), sum.stdout.split(' ').next());
+}
+
+#[test]
+fn empty_config_map_is_an_empty_folder() {
+    let _node = Node::new("empty_config_map_is_an_empty_folder");
+    let dir = PodDir::new("empty");
+    let mut kubelet = Kubelet::new("empty");
+    let pod = kubelet.run_pod("empty");
+    let volume = dir.written("configmap", "optional");
+    let mounts = vec![mount(&volume, "/config", true)];
+    let main = run_with(&kubelet, &pod, "main", &IDLE, mounts);
+    assert_eq!(output(&kubelet, &main, "ls -A /config"), "");
+    write(&volume, "..1", &[("key", "made later")]);
+    becomes(&kubelet, &main, "cat /config/key", "made later");
+}
+
+#[test]
+fn socket_in_a_read_only_folder_is_refused_by_name() {
+    let _node = Node::new("socket_in_a_read_only_folder_is_refused_by_name");
+    let dir = PodDir::new("refused");
+    let mut kubelet = Kubelet::new("refused");
+    let pod = kubelet.run_pod("refused");
+    let folder = dir.path.join("folder");
+    fs::create_dir(&folder).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(folder.join("socket")).unwrap();
+    let refused = kubelet.create_with(&pod, "main", 0, &IDLE, |config| {
+        config.mounts = vec![mount(&folder, "/data", true)];
+    });
+    let started = refused.and_then(|id| kubelet.try_start(&id));
+    let message = started.unwrap_err().message().to_owned();
+    assert!(message.contains("folder/socket is a socket"), "{message}");
 }
