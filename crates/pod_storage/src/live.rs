@@ -138,8 +138,10 @@ fn data(source: &Path) -> Result<Option<PathBuf>, StorageError> {
 }
 
 fn read_once(source: &Path, data: Option<&Path>) -> Result<LiveTree, StorageError> {
-    let metadata = fs::metadata(source).map_err(StorageError::io("read", source))?;
-    if !metadata.is_dir() {
+    if !fs::metadata(source)
+        .map_err(StorageError::io("read", source))?
+        .is_dir()
+    {
         return Err(StorageError::NotADirectory(source.to_owned()));
     }
     let mut budget = Budget::new(MAX_VOLUME_BYTES, MAX_VOLUME_ENTRIES);
@@ -154,7 +156,7 @@ fn read_once(source: &Path, data: Option<&Path>) -> Result<LiveTree, StorageErro
         root: source,
         wanted: &wanted,
     };
-    copies::read_tree(within, &metadata, &mut budget, &mut entries)?;
+    copies::read_tree(within, &mut budget, &mut entries)?;
     // The order of a directory's entries means nothing.
     entries.sort_by(|one, other| one.path.cmp(&other.path));
     let mut digest = Sha256::new();

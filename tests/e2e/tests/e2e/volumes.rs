@@ -639,3 +639,33 @@ fn socket_in_a_read_only_folder_is_refused_by_name() {
     let message = started.unwrap_err().message().to_owned();
     assert!(message.contains("folder/socket is a socket"), "{message}");
 }
+
+#[test]
+fn files_keep_owner_and_mode_for_a_user_who_is_not_root() {
+    let _node = Node::new("files_keep_owner_and_mode_for_a_user_who_is_not_root");
+    let dir = PodDir::new("owner");
+    let mut kubelet = Kubelet::new("owner");
+    let pod = kubelet.run_pod("owner");
+    let volume = dir.written("secret", "secret");
+    write(&volume, "..1", &[("mine", "readable"), ("roots", "hidden")]);
+    for (name, group) in [("mine", 2000), ("roots", 0)] {
+        let file = volume.join("..1").join(name);
+        chown(&file, Some(0), Some(group)).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o440)).unwrap();
+    }
+    let mounts = vec![mount(&volume, "/secret", true)];
+    let main = kubelet
+        .create_with(&pod, "main", 0, &IDLE, |config| {
+            config.mounts = mounts;
+            let linux = config.linux.as_mut().unwrap();
+            let security = linux.security_context.as_mut().unwrap();
+            security.run_as_user = Some(v1::Int64Value { value: 1000 });
+            security.supplemental_groups = vec![2000];
+        })
+        .unwrap();
+    kubelet.start(&main);
+    let script = "cat /secret/mine; stat -Lc ' %a %u %g' /secret/mine";
+    assert_eq!(output(&kubelet, &main, script), "readable 440 0 2000\n");
+    let refused = kubelet.exec(&main, &["cat", "/secret/roots"]);
+    assert!(refused.stderr.contains("Permission denied"), "{refused:?}");
+}
