@@ -120,11 +120,12 @@ pub fn classify(
     read_only: bool,
     host: &HostMounts,
 ) -> VolumeKind {
-    if destination == Path::new(SHARED_MEMORY) {
-        return VolumeKind::SharedMemory;
-    }
+    // First: an emptyDir may well be mounted at /dev/shm, for more than a pod's has.
     if let Some(kind) = kubelets(source, read_only, host) {
         return kind;
+    }
+    if destination == Path::new(SHARED_MEMORY) {
+        return VolumeKind::SharedMemory;
     }
     if read_only || CRI_FILES.iter().any(|file| destination == Path::new(file)) {
         return VolumeKind::Copied;
@@ -324,6 +325,14 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn empty_dir_at_dev_shm_is_not_the_pods_shared_memory() {
+        assert_eq!(
+            kind("/dev/shm", &volume("mem"), false),
+            empty_dir("mem", Medium::Memory(Some(Bytes(1 << 20))), "")
+        );
     }
 
     #[test]

@@ -47,6 +47,7 @@ const HIDDEN: &str = "..";
 pub struct LiveTree {
     entries: Vec<api::CopiedFile>,
     digest: [u8; 32],
+    written: bool,
 }
 
 impl LiveTree {
@@ -75,6 +76,11 @@ impl LiveTree {
             }
             attempt = attempt.saturating_add(1);
         }
+    }
+
+    /// Whether the kubelet has written it, and not begun to take it away.
+    pub fn is_written(&self) -> bool {
+        self.written
     }
 
     /// Says of two trees whether they are the same.
@@ -166,6 +172,7 @@ fn read_once(source: &Path, data: Option<&Path>) -> Result<LiveTree, StorageErro
     Ok(LiveTree {
         entries,
         digest: digest.finalize().into(),
+        written: data.is_some(),
     })
 }
 
@@ -244,6 +251,7 @@ mod tests {
         symlink("..2", dir.path().join("..data_tmp")).unwrap();
         let messages = LiveTree::read(dir.path()).unwrap().into_messages("u.v");
         assert_eq!(messages.len(), 1);
+        assert!(LiveTree::read(dir.path()).unwrap().is_written());
         let message = messages.first().unwrap();
         assert_eq!(
             (message.volume.as_str(), message.part, message.last),

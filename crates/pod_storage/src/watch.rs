@@ -91,6 +91,7 @@ fn heard(
     let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
     let mut reader = inotify::Reader::new(inotify, &mut buffer);
     let mut changed = BTreeMap::new();
+    let gone = inotify::ReadFlags::UNMOUNT | inotify::ReadFlags::IGNORED;
     loop {
         let event = match reader.next() {
             Ok(event) => event,
@@ -102,8 +103,8 @@ fn heard(
         if what.contains(inotify::ReadFlags::QUEUE_OVERFLOW) {
             // Some were lost: whose, nobody knows.
             changed.extend(volumes.clone());
-        } else if what.contains(inotify::ReadFlags::IGNORED) {
-            // The volume is gone, and its number may be given out again.
+        } else if what.intersects(gone) {
+            // The watch is no more, and its number may be given out again.
             volumes.remove(&watch);
         } else if let Some(name) = volumes.get(&watch) {
             changed.insert(watch, name.clone());

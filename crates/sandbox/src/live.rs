@@ -180,7 +180,8 @@ impl Task {
         };
         let before = known.digest;
         let tree = match read(&known.volume).await {
-            Ok(Ok(tree)) => tree,
+            Ok(Ok(tree)) if tree.is_written() => tree,
+            Ok(Ok(_)) => return Err(Problem::Gone),
             Ok(Err(error)) if error.is_not_found() => return Err(Problem::Gone),
             Ok(Err(error)) => return Err(Problem::Other(storage(&known.volume, error).report())),
             Err(error) => return Err(Problem::Other(error.report())),

@@ -126,9 +126,13 @@ async fn volume_that_goes_away_ends_nothing() {
     }
     let known = Known::Reader(volumes.to_vec());
     pod.create_as("web", known).await.unwrap();
-    fs::remove_dir_all(&volumes[0].source).unwrap();
+    // Kubelet takes it away bit by bit.
+    fs::remove_file(volumes[0].source.join("..data")).unwrap();
     write(&volumes[1], "..2", "two");
     becomes(&pod, "u.secret", has("..2", "two")).await;
+    fs::remove_dir_all(&volumes[0].source).unwrap();
+    write(&volumes[1], "..3", "three");
+    becomes(&pod, "u.secret", has("..3", "three")).await;
     becomes(&pod, "u.config", has("..1", "one")).await;
     pod.clean_up(&["web"]).await;
 }

@@ -40,25 +40,25 @@ impl Volumes {
         }
         let step = || format!("making the volume {}", plan.name);
         fs::create_dir_all(place).step(step)?;
-        let (kind, size) = match plan.medium {
-            MediumPlan::Scratch => {
-                own(place, plan.owner).step(step)?;
-                made.insert(place.to_owned());
-                return Ok(());
-            }
-            MediumPlan::Memory(size) => ("tmpfs", size.map(|bytes| format!("size={bytes}"))),
-            MediumPlan::HugePages(size) => {
-                ("hugetlbfs", size.map(|bytes| format!("pagesize={bytes}")))
-            }
+        let mounted = match plan.medium {
+            MediumPlan::Scratch => None,
+            MediumPlan::Memory(size) => Some(("tmpfs", "size", size)),
+            MediumPlan::HugePages(size) => Some(("hugetlbfs", "pagesize", size)),
         };
-        let OwnerPlan { mode, uid, gid } = plan.owner;
-        let mut options = vec![
-            format!("mode={mode:o}"),
-            format!("uid={uid}"),
-            format!("gid={gid}"),
-        ];
-        options.extend(size);
-        mount_filesystem(kind, None, &options, place, false)?;
+        if let Some((kind, key, size)) = mounted {
+            let options: Vec<String> = size
+                .map(|bytes| format!("{key}={bytes}"))
+                .into_iter()
+                .collect();
+            mount_filesystem(kind, None, &options, place, false)?;
+        }
+        // By calls, and not by mount options: those of hugetlbfs know no set-group-ID.
+        if let Err(error) = own(place, plan.owner) {
+            if mounted.is_some() {
+                unmount(place)?;
+            }
+            return Err(error).step(step);
+        }
         made.insert(place.to_owned());
         Ok(())
     }
@@ -248,6 +248,28 @@ mod tests {
         fs::write(place.join("small"), vec![0; 32 << 10]).unwrap();
         let error = fs::write(place.join("large"), vec![0; 64 << 10]).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+        unmount(&place).unwrap();
+    }
+
+    #[test]
+    fn volume_of_huge_pages_has_owner_mode_and_page_size() {
+        if !own_mounts() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("v");
+        let medium = MediumPlan::HugePages(Some(2 << 20));
+        let made = Volumes::default().make(&plan(medium, 0o2770), &place);
+        if !fs::read_to_string("/proc/filesystems")
+            .unwrap()
+            .contains("hugetlbfs")
+        {
+            assert!(made.unwrap_err().chain().contains("hugetlbfs"));
+            return;
+        }
+        made.unwrap();
+        assert_eq!(mode(&place), 0o2770);
+        assert_eq!(rustix::fs::statfs(&place).unwrap().f_bsize, 2 << 20);
         unmount(&place).unwrap();
     }
 
