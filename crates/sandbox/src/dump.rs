@@ -74,6 +74,7 @@ pub(crate) async fn answer(shared: Arc<Shared>, mut own: Value, reply: Reply<Val
                 "vmm": described(vmm),
                 "agent": described(agent),
                 "calls_pending": calls,
+                "live_volumes": guest.live.dump(),
             })
         }
     };

@@ -8,7 +8,7 @@
 //! ends when the last [`LiveVolumes`] is dropped, which is when the VM has gone.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use agent_client::{AgentClient, AgentError};
@@ -25,14 +25,18 @@ use crate::vm;
 /// How long to wait before a volume that could not be brought up to date is tried again.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// How often that is done before the next change is waited for.
+/// How often that is done before the next change, of whichever volume, is waited for.
 const ATTEMPTS: u32 = 12;
 
 /// Puts volumes into the guest. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct LiveVolumes {
     wishes: mpsc::UnboundedSender<Wish>,
+    shown: Arc<Mutex<Shown>>,
 }
+
+/// Each volume, and whether the guest has it as it is on the host, for people.
+type Shown = BTreeMap<String, &'static str>;
 
 /// A volume to put, and who waits for it.
 type Wish = (LiveVolume, oneshot::Sender<Result<(), SandboxError>>);
@@ -46,6 +50,7 @@ struct Task {
     dirty: BTreeSet<String>,
     /// When these are tried, and for which time.
     next: Option<(Instant, u32)>,
+    shown: Arc<Mutex<Shown>>,
 }
 
 struct Known {
@@ -57,6 +62,7 @@ struct Known {
 impl LiveVolumes {
     pub(crate) fn new(sandbox: SandboxId, agent: Arc<AgentClient>) -> Self {
         let (wishes, received) = mpsc::unbounded_channel();
+        let shown = Arc::<Mutex<Shown>>::default();
         let task = Task {
             sandbox,
             agent,
@@ -64,9 +70,16 @@ impl LiveVolumes {
             volumes: BTreeMap::new(),
             dirty: BTreeSet::new(),
             next: None,
+            shown: Arc::clone(&shown),
         };
         tokio::spawn(task.run(received));
-        Self { wishes }
+        Self { wishes, shown }
+    }
+
+    /// Each volume and how it is, for people.
+    pub(crate) fn dump(&self) -> serde_json::Value {
+        let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        serde_json::json!(*shown)
     }
 
     /// Has the volume in the guest as it is on the host, and kept so from here on.
@@ -85,7 +98,9 @@ impl Task {
                 wish = wishes.recv() => {
                     let Some((volume, reply)) = wish else { return };
                     // A caller that has gone away has given up on the answer only.
-                    drop(reply.send(self.ensure(volume).await));
+                    let done = self.ensure(volume).await;
+                    self.show();
+                    drop(reply.send(done));
                 }
                 changed = changed(self.watch.as_mut()) => match changed {
                     Ok(names) => {
@@ -99,7 +114,18 @@ impl Task {
                 },
                 () = due(self.next) => self.update().await,
             }
+            self.show();
         }
+    }
+
+    fn show(&self) {
+        let state = |name: &String| match self.dirty.contains(name) {
+            true => "behind",
+            false => "current",
+        };
+        let shown = self.volumes.keys().map(|name| (name.clone(), state(name)));
+        let mut place = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        *place = shown.collect();
     }
 
     async fn ensure(&mut self, volume: LiveVolume) -> Result<(), SandboxError> {
@@ -164,10 +190,7 @@ impl Task {
                 }
             }
         }
-        if attempt >= ATTEMPTS {
-            self.dirty.clear();
-        }
-        if !self.dirty.is_empty() {
+        if attempt < ATTEMPTS && !self.dirty.is_empty() {
             let at = Instant::now().checked_add(RETRY);
             self.next = at.map(|at| (at, attempt.saturating_add(1)));
         }

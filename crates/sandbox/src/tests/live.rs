@@ -82,6 +82,8 @@ async fn volume_is_in_the_guest_before_its_container_and_once_for_all() {
     let at = |name: &str| calls.iter().position(|call| call == name).unwrap();
     assert!(at("PutFiles u.config") < at("CreateContainer web"));
     assert_eq!(puts(&script), 1);
+    let dump = pod.sandbox.dump().await.unwrap();
+    assert_eq!(dump["vm"]["live_volumes"]["u.config"], "current");
     pod.clean_up(&["web", "side"]).await;
 }
 
