@@ -217,6 +217,35 @@ impl AgentClient {
         Ok(stats::bounded(figures))
     }
 
+    /// `PutFiles`.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn put_files(&self, request: &api::PutFilesRequest) -> Result<(), AgentError> {
+        self.done("PutFiles", request, self.deadlines.call).await
+    }
+
+    /// `ReadCopiedFile`. The answer has no more bytes than were asked for, nor than it says the file has.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn read_copied_file(
+        &self,
+        request: &api::ReadCopiedFileRequest,
+    ) -> Result<api::FileEnd, AgentError> {
+        const METHOD: &str = "ReadCopiedFile";
+        let end: api::FileEnd = self.call(METHOD, request, self.deadlines.call).await?;
+        let len = u64::try_from(end.data.len()).unwrap_or(u64::MAX);
+        if len > u64::from(request.max_bytes).min(end.size) {
+            let what = format!(
+                "{len} bytes of a file of {}, at most {} were asked for",
+                end.size, request.max_bytes
+            );
+            return Err(AgentError::protocol(METHOD, what));
+        }
+        Ok(end)
+    }
+
     /// `RemoveContainer`.
     ///
     /// # Errors

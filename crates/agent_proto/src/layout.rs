@@ -33,3 +33,18 @@ pub fn copied_mount(id: &ContainerId, index: u32) -> String {
 pub fn scratch_volume(name: &str) -> String {
     format!("{SCRATCH_DIR}/volumes/{name}")
 }
+
+/// A volume of the pod in guest memory, shared by its containers. `name` is one path component.
+pub fn memory_volume(name: &str) -> String {
+    format!("{RUN_DIR}/volumes/{name}")
+}
+
+/// The parts of volumes that a container mounts are mounted below this.
+pub fn sub_paths_dir(id: &ContainerId) -> String {
+    format!("{RUN_DIR}/sub_paths/{id}")
+}
+
+/// The `index`th part of a volume that a container mounts.
+pub fn sub_path(id: &ContainerId, index: u32) -> String {
+    format!("{}/{index}", sub_paths_dir(id))
+}

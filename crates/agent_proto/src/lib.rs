@@ -45,6 +45,9 @@ pub const MAX_EVENTS: usize = 512;
 /// with the longest ids take less than 100 KiB.
 pub const MAX_ANSWER_LEN: usize = 128 << 10;
 
+/// The most bytes of a file in one answer to `ReadCopiedFile`.
+pub const MAX_FILE_END_LEN: usize = 64 << 10;
+
 pub use agent as api;
 
 /// Messages of `proto/agent.proto`; the service's code wants this name for them.

@@ -262,6 +262,32 @@ impl service::Agent for Service {
         Ok(self.guest.stats(&init.container))
     }
 
+    async fn put_files(
+        &self,
+        _: &TtrpcContext,
+        request: api::PutFilesRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        self.enter("PutFiles", &request.volume).await?;
+        self.guest.put(request);
+        Ok(api::Empty::new())
+    }
+
+    async fn read_copied_file(
+        &self,
+        _: &TtrpcContext,
+        request: api::ReadCopiedFileRequest,
+    ) -> ttrpc::Result<api::FileEnd> {
+        self.enter("ReadCopiedFile", &request.container_id).await?;
+        let left = self.guest.left(&self.init(&request.container_id)?);
+        let max = usize::try_from(request.max_bytes).unwrap_or(usize::MAX);
+        let from = left.len().saturating_sub(max);
+        Ok(api::FileEnd {
+            size: u64::try_from(left.len()).unwrap_or(u64::MAX),
+            data: left.as_bytes().get(from..).unwrap_or_default().to_vec(),
+            ..Default::default()
+        })
+    }
+
     async fn remove_container(
         &self,
         _: &TtrpcContext,

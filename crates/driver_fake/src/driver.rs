@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::agent::Service;
-use crate::guest::Guest;
+use crate::guest::{Files, Guest};
 use crate::script::{Boot, Script};
 
 /// What fake VMs say is their VMM's pid. A test's own process would do as well; this one is easier to see.
@@ -217,6 +217,11 @@ impl FakeVm {
     /// The resources that a container was last given, as JSON.
     pub fn resources(&self, container: &str) -> Option<Vec<u8>> {
         self.guest.resources(container)
+    }
+
+    /// Waits until a volume in the guest is as wanted, and gives its files.
+    pub async fn volume(&self, name: &str, wanted: impl Fn(&Files) -> bool) -> Files {
+        self.guest.volume(name, wanted).await
     }
 
     /// The guest tells this, true or not.

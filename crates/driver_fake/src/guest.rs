@@ -23,7 +23,11 @@ pub(crate) struct Guest {
     pub(crate) script: Script,
     state: Mutex<State>,
     events: watch::Sender<Vec<api::Event>>,
+    volumes: watch::Sender<BTreeMap<String, Files>>,
 }
+
+/// A volume's files and links by path: contents, or where they lead.
+pub type Files = BTreeMap<String, String>;
 
 #[derive(Default)]
 struct State {
@@ -35,6 +39,7 @@ struct State {
     /// How often figures were asked for.
     measured: u64,
     pids: u32,
+    putting: BTreeMap<String, Files>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -54,6 +59,7 @@ impl Guest {
             script,
             state: Mutex::default(),
             events: watch::Sender::new(Vec::new()),
+            volumes: watch::Sender::new(BTreeMap::new()),
         })
     }
 
@@ -92,6 +98,50 @@ impl Guest {
         let mut keys = state.processes.keys();
         keys.find(|key| key.container == *container && key.exec.is_none())
             .cloned()
+    }
+
+    /// Takes a part of a volume, and with the last one the volume.
+    pub(crate) fn put(&self, request: api::PutFilesRequest) {
+        use api::copied_file::Content;
+        let mut state = self.lock();
+        if request.part == 0 {
+            state.putting.remove(&request.volume);
+        }
+        let files = state.putting.entry(request.volume.clone()).or_default();
+        for entry in request.entries {
+            let text = match entry.content {
+                Some(Content::Data(data)) => String::from_utf8_lossy(&data).into_owned(),
+                Some(Content::Symlink(target)) => format!("-> {target}"),
+                _ => continue,
+            };
+            files.entry(entry.path).or_default().push_str(&text);
+        }
+        if request.last
+            && let Some(files) = state.putting.remove(&request.volume)
+        {
+            self.volumes
+                .send_modify(|volumes| drop(volumes.insert(request.volume, files)));
+        }
+    }
+
+    /// Waits until a volume is as wanted.
+    pub(crate) async fn volume(&self, name: &str, wanted: impl Fn(&Files) -> bool) -> Files {
+        let mut volumes = self.volumes.subscribe();
+        let found = volumes.wait_for(|volumes| volumes.get(name).is_some_and(&wanted));
+        // The sender is here, so there is no error.
+        match found.await {
+            Ok(volumes) => volumes.get(name).cloned().unwrap_or_default(),
+            Err(_) => Files::default(),
+        }
+    }
+
+    /// What an init has left in its copied files.
+    pub(crate) fn left(&self, init: &ProcessKey) -> String {
+        let state = self.lock();
+        match state.processes.get(init).map(|process| &process.program) {
+            Some(Program::Leave(text)) => text.clone(),
+            _ => String::new(),
+        }
     }
 
     pub(crate) fn lives(&self, key: &ProcessKey) -> bool {

@@ -21,5 +21,6 @@ mod program;
 mod script;
 
 pub use driver::{FAKE_VMM_PID, FakeDriver, FakeVm, fake_spec};
+pub use guest::Files;
 pub use program::Program;
 pub use script::{Boot, Script};

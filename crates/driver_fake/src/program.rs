@@ -16,6 +16,8 @@ pub enum Program {
     Print(String, usize),
     /// `["complain", "TEXT"]`: the same once, on stderr.
     Complain(String),
+    /// `["leave", "TEXT"]`: ends at once with 1, having written the text to each of its copied files.
+    Leave(String),
     /// `["cat"]`: passes stdin on to stdout until it is closed.
     Cat,
     /// `["oom"]`: is ended by the OOM killer.
@@ -40,6 +42,7 @@ impl Program {
             ["sleep"] => Some(Self::Sleep),
             ["print", text, times] => Some(Self::Print((*text).to_owned(), times.parse().ok()?)),
             ["complain", text] => Some(Self::Complain((*text).to_owned())),
+            ["leave", text] => Some(Self::Leave((*text).to_owned())),
             ["cat"] => Some(Self::Cat),
             ["oom"] => Some(Self::OutOfMemory),
             ["linger"] => Some(Self::Linger),
@@ -52,6 +55,7 @@ impl Program {
         match self {
             Self::Exit(status) => Some(*status),
             Self::Print(..) | Self::Complain(_) | Self::Linger => Some(0),
+            Self::Leave(_) => Some(1),
             Self::OutOfMemory => Some(137),
             Self::Sleep | Self::Cat => None,
         }

@@ -39,6 +39,7 @@ pub struct Script {
 struct Inner {
     boot: Boot,
     refused: BTreeMap<&'static str, (ttrpc::Code, String)>,
+    refused_once: BTreeMap<&'static str, (ttrpc::Code, String)>,
     deadly: BTreeSet<&'static str>,
     exits_first: bool,
     refuses_streams: bool,
@@ -56,6 +57,7 @@ impl Script {
         let inner = Inner {
             boot: Boot::Ready,
             refused: BTreeMap::new(),
+            refused_once: BTreeMap::new(),
             deadly: BTreeSet::new(),
             exits_first: false,
             refuses_streams: false,
@@ -78,6 +80,13 @@ impl Script {
     pub fn refuse(&self, method: &'static str, code: ttrpc::Code, message: &str) {
         self.lock()
             .refused
+            .insert(method, (code, message.to_owned()));
+    }
+
+    /// The agent refuses the next call of `method`.
+    pub fn refuse_once(&self, method: &'static str, code: ttrpc::Code, message: &str) {
+        self.lock()
+            .refused_once
             .insert(method, (code, message.to_owned()));
     }
 
@@ -141,7 +150,9 @@ impl Script {
     }
 
     pub(crate) fn refusal(&self, method: &str) -> Option<(ttrpc::Code, String)> {
-        self.lock().refused.get(method).cloned()
+        let mut inner = self.lock();
+        let once = inner.refused_once.remove(method);
+        once.or_else(|| inner.refused.get(method).cloned())
     }
 
     /// Records a call, and waits while it is held.

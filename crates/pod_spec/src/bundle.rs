@@ -11,8 +11,10 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::config::Guest;
 use crate::error::SpecError;
+use crate::host_mounts::HostMounts;
 use crate::sizing::{Limits, VmSize};
 use crate::translate;
+use crate::volumes::{EmptyDir, LiveVolume, WriteBack};
 
 /// The longest `config.json`, in bytes. It crosses to the guest in one ttrpc message of at most 4 MiB.
 pub const MAX_SPEC_BYTES: usize = 2 << 20;
@@ -55,6 +57,12 @@ pub struct ContainerSpec {
     pub guest_spec: Vec<u8>,
     /// Host files to copy into the guest.
     pub copies: Vec<HostCopy>,
+    /// The volumes of the kubelet's that it mounts and that are to be kept current, each once.
+    pub live: Vec<LiveVolume>,
+    /// The emptyDirs that the container mounts, each once.
+    pub empty_dirs: Vec<EmptyDir>,
+    /// The parts of them that it mounts.
+    pub sub_paths: Vec<SubPath>,
     /// The root file system on the host, relative to the bundle or absolute: where it is if containerd hands over no
     /// mounts for it.
     pub host_rootfs: PathBuf,
@@ -66,6 +74,21 @@ pub struct HostCopy {
     /// Its number among the container's copies; see `agent_proto::layout::copied_mount`.
     pub index: u32,
     /// Where it is on the host.
+    pub source: PathBuf,
+    /// Whether what the container writes to it goes back to the host.
+    pub back: Option<WriteBack>,
+}
+
+/// A part of an emptyDir that a container mounts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SubPath {
+    /// Its number among the container's; see `agent_proto::layout::sub_path`.
+    pub index: u32,
+    /// The volume's name in the guest.
+    pub volume: String,
+    /// Relative to the volume.
+    pub path: PathBuf,
+    /// The part as the kubelet has made it on the host: its owner and mode count if the guest has to make it.
     pub source: PathBuf,
 }
 
@@ -167,7 +190,8 @@ impl Bundle {
         })
     }
 
-    /// The container for the agent. It is an error to ask for one whose role is [`Role::Sandbox`]: it has none.
+    /// The container for the agent. It is an error to ask for one whose role is [`Role::Sandbox`]: it has none. The
+    /// host's mounts tell what a kubelet's volumes are.
     ///
     /// Left out of the guest's spec, because another layer does their work:
     ///
@@ -179,8 +203,12 @@ impl Bundle {
     ///
     /// # Errors
     /// [`SpecError::Unsupported`], [`SpecError::HostNamespace`] or [`SpecError::Missing`].
-    pub fn container(&self, id: &ContainerId) -> Result<ContainerSpec, SpecError> {
-        translate::container(self.spec.clone(), id, &self.role)
+    pub fn container(
+        &self,
+        id: &ContainerId,
+        host: &HostMounts,
+    ) -> Result<ContainerSpec, SpecError> {
+        translate::container(self.spec.clone(), id, &self.role, host)
     }
 
     fn annotation(&self, key: &str) -> Option<&String> {

@@ -6,7 +6,7 @@
 //! ```text
 //! config.toml ──RuntimeConfig::parse──> RuntimeConfig ─┐
 //! config.json ──Bundle::parse──> Bundle ──────────────┼─> Bundle::pod ───────> PodSpec        (sizes the VM)
-//!                                                      └─> Bundle::container ─> ContainerSpec  (what the agent gets)
+//! mountinfo ────HostMounts::parse──> HostMounts ───────┴─> Bundle::container ─> ContainerSpec  (what the agent gets)
 //! ```
 //!
 //! Pure: nothing here opens a file. What a spec asks for is either translated for the guest, or refused with an error
@@ -18,19 +18,26 @@ mod bundle;
 mod config;
 mod config_text;
 mod error;
+mod host_mounts;
 mod mounts;
 mod shell;
 mod sizing;
 mod translate;
 mod update;
+mod volumes;
 
-pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role};
+pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role, SubPath};
 pub use config::{
     Debug, Guest, Log, LogLevel, MetadataService, Network, RuntimeConfig, Storage, Vmm,
 };
 pub use config_text::{ConfigError, ConfigMistake};
 pub use error::SpecError;
+pub use host_mounts::HostMounts;
 pub use shell::shell_spec;
 pub use sizing::VmSize;
 pub use translate::exec_process;
 pub use update::{MAX_RESOURCES_BYTES, ResourceUpdate};
+pub use volumes::{
+    EmptyDir, LiveVolume, MAX_TERMINATION_MESSAGE, MAX_WRITTEN_BACK, Medium, VolumeKind, WriteBack,
+    classify,
+};

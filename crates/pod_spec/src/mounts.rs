@@ -3,14 +3,16 @@
 
 //! The mounts of a container: which the guest makes by itself, which are copies of host files, and which are refused.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use agent_proto::layout;
 use ids::ContainerId;
 use oci_spec::runtime::Mount;
 
-use crate::bundle::HostCopy;
+use crate::bundle::{HostCopy, SubPath};
 use crate::error::SpecError;
+use crate::host_mounts::HostMounts;
+use crate::volumes::{self, EmptyDir, LiveVolume, Medium, VolumeKind, WriteBack};
 
 /// The most host files or folders that one container may have copied.
 const MAX_COPIES: usize = 64;
@@ -20,23 +22,38 @@ const GUEST_FILE_SYSTEMS: [&str; 7] = [
     "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2",
 ];
 
-/// Files that CRI writes for a pod and mounts into each container: small, and never changed again.
-const CRI_FILES: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
+/// The most parts of emptyDirs that one container may mount.
+const MAX_SUB_PATHS: usize = 64;
 
-/// The mounts for the guest, and the host files to copy for them.
+/// What the mounts of a container need beside the spec.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Needs {
+    pub(crate) copies: Vec<HostCopy>,
+    pub(crate) live: Vec<LiveVolume>,
+    pub(crate) empty_dirs: Vec<EmptyDir>,
+    pub(crate) sub_paths: Vec<SubPath>,
+}
+
+/// The mounts for the guest, and what they need.
 pub(crate) fn translate(
     id: &ContainerId,
     mounts: Vec<Mount>,
-) -> Result<(Vec<Mount>, Vec<HostCopy>), SpecError> {
-    let mut copies = Vec::new();
+    host: &HostMounts,
+) -> Result<(Vec<Mount>, Needs), SpecError> {
+    let mut needs = Needs::default();
     let mounts = mounts
         .into_iter()
-        .map(|mount| one(id, mount, &mut copies))
+        .map(|mount| one(id, mount, host, &mut needs))
         .collect::<Result<_, _>>()?;
-    Ok((mounts, copies))
+    Ok((mounts, needs))
 }
 
-fn one(id: &ContainerId, mut mount: Mount, copies: &mut Vec<HostCopy>) -> Result<Mount, SpecError> {
+fn one(
+    id: &ContainerId,
+    mut mount: Mount,
+    host: &HostMounts,
+    needs: &mut Needs,
+) -> Result<Mount, SpecError> {
     let destination = mount.destination().display().to_string();
     let field = || format!("mounts[{destination}]");
     if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
@@ -61,33 +78,84 @@ fn one(id: &ContainerId, mut mount: Mount, copies: &mut Vec<HostCopy>) -> Result
             "the bind mount has no source: name one",
         ));
     };
-    let guest_source = if mount.destination() == Path::new("/dev/shm") {
-        PathBuf::from(layout::SHM_DIR)
-    } else if is_read_only(&mount) || is_cri_file(mount.destination()) {
-        PathBuf::from(copy(id, source, copies).ok_or_else(|| {
-            SpecError::unsupported(
-                field(),
-                format!("more than {MAX_COPIES} host files: use fewer volumes"),
-            )
-        })?)
-    } else {
-        let reason = format!(
-            "{} is a writable folder of the host, which a pod cannot share yet: mount it read-only, or use a tmpfs",
+    let kind = volumes::classify(mount.destination(), &source, is_read_only(&mount), host);
+    let guest_source = match kind {
+        VolumeKind::SharedMemory => Ok(layout::SHM_DIR.to_owned()),
+        VolumeKind::EmptyDir { volume, below } => empty_dir(id, volume, below, source, needs),
+        VolumeKind::Live(volume) => Ok(live(volume, &mut needs.live)),
+        VolumeKind::Copied => copy(id, source, None, &mut needs.copies),
+        VolumeKind::WrittenBack(back) => copy(id, source, Some(back), &mut needs.copies),
+        VolumeKind::SharedDirectory => Err(format!(
+            "{} is a directory of the host, which a pod cannot share yet: mount it read-only, or use an emptyDir",
             source.display()
-        );
-        return Err(SpecError::unsupported(field(), reason));
+        )),
     };
-    mount.set_source(Some(guest_source));
+    let guest_source = guest_source.map_err(|reason| SpecError::unsupported(field(), reason))?;
+    mount.set_source(Some(guest_source.into()));
     Ok(mount)
 }
 
-fn copy(id: &ContainerId, source: PathBuf, copies: &mut Vec<HostCopy>) -> Option<String> {
-    if copies.len() >= MAX_COPIES {
-        return None;
+fn copy(
+    id: &ContainerId,
+    source: PathBuf,
+    back: Option<WriteBack>,
+    copies: &mut Vec<HostCopy>,
+) -> Result<String, String> {
+    let index = next_index(copies, MAX_COPIES)
+        .ok_or_else(|| format!("more than {MAX_COPIES} host files: use fewer volumes"))?;
+    copies.push(HostCopy {
+        index,
+        source,
+        back,
+    });
+    Ok(layout::copied_mount(id, index))
+}
+
+/// The place of an emptyDir, or of a part of it, which is found in the guest: the files are there alone.
+fn empty_dir(
+    id: &ContainerId,
+    volume: EmptyDir,
+    below: PathBuf,
+    source: PathBuf,
+    needs: &mut Needs,
+) -> Result<String, String> {
+    let place = match volume.medium {
+        Medium::Disk => layout::scratch_volume(&volume.name),
+        Medium::Memory(_) | Medium::HugePages(_) => layout::memory_volume(&volume.name),
+    };
+    let guest_source = if below.as_os_str().is_empty() {
+        place
+    } else {
+        let index = next_index(&needs.sub_paths, MAX_SUB_PATHS)
+            .ok_or_else(|| format!("more than {MAX_SUB_PATHS} subPaths: use fewer"))?;
+        needs.sub_paths.push(SubPath {
+            index,
+            volume: volume.name.clone(),
+            path: below,
+            source,
+        });
+        layout::sub_path(id, index)
+    };
+    if !needs
+        .empty_dirs
+        .iter()
+        .any(|known| known.name == volume.name)
+    {
+        needs.empty_dirs.push(volume);
     }
-    let index = u32::try_from(copies.len()).ok()?;
-    copies.push(HostCopy { index, source });
-    Some(layout::copied_mount(id, index))
+    Ok(guest_source)
+}
+
+fn live(volume: LiveVolume, volumes: &mut Vec<LiveVolume>) -> String {
+    let place = layout::memory_volume(&volume.name);
+    if !volumes.contains(&volume) {
+        volumes.push(volume);
+    }
+    place
+}
+
+fn next_index<T>(list: &[T], max: usize) -> Option<u32> {
+    (list.len() < max).then(|| u32::try_from(list.len()).ok())?
 }
 
 /// runc's rule: the type says "bind", or an option does.
@@ -100,10 +168,6 @@ fn is_read_only(mount: &Mount) -> bool {
     has_option(mount, |option| matches!(option, "ro" | "rro"))
 }
 
-fn is_cri_file(destination: &Path) -> bool {
-    CRI_FILES.iter().any(|file| destination == Path::new(file))
-}
-
 fn has_option(mount: &Mount, wanted: impl Fn(&str) -> bool) -> bool {
     mount
         .options()
@@ -114,45 +178,51 @@ fn has_option(mount: &Mount, wanted: impl Fn(&str) -> bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     fn mount(json: &str) -> Mount {
         serde_json::from_str(json).unwrap()
     }
 
-    fn translate_one(json: &str) -> Result<(Mount, Vec<HostCopy>), SpecError> {
-        let (mut mounts, copies) = translate(&"c1".parse().unwrap(), vec![mount(json)])?;
-        Ok((mounts.remove(0), copies))
+    fn translate_one(json: &str) -> Result<(Mount, Needs), SpecError> {
+        let host = HostMounts::default();
+        let (mut mounts, needs) = translate(&"c1".parse().unwrap(), vec![mount(json)], &host)?;
+        Ok((mounts.remove(0), needs))
     }
 
     #[test]
     fn guest_file_systems_pass_unchanged() {
         let json = r#"{"destination":"/proc","type":"proc","source":"proc","options":["nosuid"]}"#;
-        assert_eq!(translate_one(json).unwrap(), (mount(json), Vec::new()));
+        assert_eq!(
+            translate_one(json).unwrap(),
+            (mount(json), Needs::default())
+        );
     }
 
     #[test]
     fn shared_memory_is_the_pods() {
         let json =
             r#"{"destination":"/dev/shm","type":"bind","source":"/run/x/shm","options":["rbind"]}"#;
-        let (mount, copies) = translate_one(json).unwrap();
+        let (mount, needs) = translate_one(json).unwrap();
         assert_eq!(mount.source().as_deref(), Some(Path::new(layout::SHM_DIR)));
-        assert_eq!(copies, []);
+        assert_eq!(needs, Needs::default());
     }
 
     #[test]
     fn read_only_host_files_are_copied() {
         let json =
             r#"{"destination":"/config","type":"bind","source":"/var/x","options":["rbind","ro"]}"#;
-        let (mount, copies) = translate_one(json).unwrap();
+        let (mount, needs) = translate_one(json).unwrap();
         assert_eq!(
             mount.source().as_deref(),
             Some(Path::new("/run/coffer/containers/c1/copied/0"))
         );
         assert_eq!(
-            copies,
+            needs.copies,
             [HostCopy {
                 index: 0,
-                source: "/var/x".into()
+                source: "/var/x".into(),
+                back: None,
             }]
         );
     }
@@ -160,7 +230,7 @@ mod tests {
     #[test]
     fn files_that_cri_writes_are_copied_though_writable() {
         let json = r#"{"destination":"/etc/hosts","type":"bind","source":"/s/hosts","options":["rbind","rw"]}"#;
-        assert_eq!(translate_one(json).unwrap().1.len(), 1);
+        assert_eq!(translate_one(json).unwrap().1.copies.len(), 1);
     }
 
     #[test]
@@ -168,7 +238,7 @@ mod tests {
         let json = r#"{"destination":"/data","type":"bind","source":"/srv/data","options":["rbind","rw"]}"#;
         let error = translate_one(json).unwrap_err().to_string();
         assert!(
-            error.starts_with("mounts[/data]: /srv/data is a writable folder of the host"),
+            error.starts_with("mounts[/data]: /srv/data is a directory of the host"),
             "{error}"
         );
     }
@@ -185,7 +255,61 @@ mod tests {
     fn one_copy_past_the_cap_is_refused() {
         let json = r#"{"destination":"/config","type":"bind","source":"/var/x","options":["ro"]}"#;
         let id = "c1".parse().unwrap();
-        assert!(translate(&id, vec![mount(json); MAX_COPIES]).is_ok());
-        assert!(translate(&id, vec![mount(json); MAX_COPIES + 1]).is_err());
+        let host = HostMounts::default();
+        assert!(translate(&id, vec![mount(json); MAX_COPIES], &host).is_ok());
+        assert!(translate(&id, vec![mount(json); MAX_COPIES + 1], &host).is_err());
+    }
+
+    #[test]
+    fn config_map_is_one_volume_for_all_its_mounts() {
+        let json = r#"{"destination":"/c","type":"bind","options":["rbind","ro"],
+            "source":"/k/pods/u/volumes/kubernetes.io~configmap/v"}"#;
+        let host = HostMounts::default();
+        let mounts = vec![mount(json), mount(json)];
+        let (mounts, needs) = translate(&"c1".parse().unwrap(), mounts, &host).unwrap();
+        for mount in mounts {
+            let source = mount.source().clone().unwrap();
+            assert_eq!(source, Path::new("/run/coffer/volumes/u.v"));
+        }
+        assert_eq!(needs.live.len(), 1);
+        assert_eq!(needs.copies, []);
+    }
+
+    #[test]
+    fn empty_dir_is_the_guests_and_named_once_however_often_it_is_mounted() {
+        let host = HostMounts::parse(
+            b"22 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+              23 22 8:1 /k/pods/u/volumes/kubernetes.io~empty-dir/v/a /k/pods/u/volume-subpaths/v/main/1 rw - ext4 x rw\n",
+        );
+        let mounts = [
+            "volumes/kubernetes.io~empty-dir/v",
+            "volume-subpaths/v/main/1",
+        ]
+        .map(|path| {
+            mount(&format!(
+                r#"{{"destination":"/x","type":"bind","source":"/k/pods/u/{path}","options":["rbind","ro"]}}"#
+            ))
+        });
+        let (mounts, needs) = translate(&"c1".parse().unwrap(), mounts.into(), &host).unwrap();
+        let sources: Vec<_> = mounts
+            .iter()
+            .map(|mount| mount.source().clone().unwrap())
+            .collect();
+        assert_eq!(
+            sources,
+            [
+                PathBuf::from("/run/coffer/scratch/volumes/u.v"),
+                PathBuf::from("/run/coffer/sub_paths/c1/0")
+            ]
+        );
+        let names: Vec<_> = needs
+            .empty_dirs
+            .iter()
+            .map(|volume| volume.name.as_str())
+            .collect();
+        assert_eq!(names, ["u.v"]);
+        let sub_path = needs.sub_paths.first().unwrap();
+        assert_eq!(sub_path.path, Path::new("a"));
+        assert_eq!(needs.copies, []);
     }
 }

@@ -12,6 +12,7 @@ use oci_spec::runtime::{
 
 use crate::bundle::{ContainerSpec, MAX_SPEC_BYTES, Role};
 use crate::error::SpecError;
+use crate::host_mounts::HostMounts;
 use crate::mounts;
 
 /// Profiles that containerd sets for every container of a node with AppArmor, or that mean "none".
@@ -36,6 +37,7 @@ pub(crate) fn container(
     mut spec: Spec,
     id: &ContainerId,
     role: &Role,
+    host: &HostMounts,
 ) -> Result<ContainerSpec, SpecError> {
     let process = spec
         .process_mut()
@@ -52,7 +54,7 @@ pub(crate) fn container(
         .ok_or(SpecError::Missing("linux"))?;
     translate_linux(linux, role)?;
 
-    let (mounts, copies) = mounts::translate(id, spec.mounts().clone().unwrap_or_default())?;
+    let (mounts, needs) = mounts::translate(id, spec.mounts().clone().unwrap_or_default(), host)?;
     spec.set_mounts(Some(mounts));
     spec.set_hostname(None);
     spec.set_domainname(None);
@@ -60,7 +62,10 @@ pub(crate) fn container(
     let guest_spec = serde_json::to_vec(&spec).map_err(SpecError::Json)?;
     Ok(ContainerSpec {
         guest_spec,
-        copies,
+        copies: needs.copies,
+        live: needs.live,
+        empty_dirs: needs.empty_dirs,
+        sub_paths: needs.sub_paths,
         host_rootfs,
     })
 }
@@ -292,7 +297,8 @@ mod tests {
     }
 
     fn translate(json: &str) -> Result<Spec, SpecError> {
-        let spec = Bundle::parse(json.as_bytes())?.container(&"c1".parse().unwrap())?;
+        let spec = Bundle::parse(json.as_bytes())?
+            .container(&"c1".parse().unwrap(), &HostMounts::default())?;
         Ok(serde_json::from_slice(&spec.guest_spec).unwrap())
     }
 

@@ -6,8 +6,6 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::copies::{MAX_COPY_BYTES, MAX_COPY_ENTRIES};
-
 /// A failure of the node's storage, with the file it is about and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum StorageError {
@@ -57,12 +55,19 @@ pub enum StorageError {
         /// Its value.
         value: String,
     },
-    /// The host files of a container are too many or too large to be copied.
+    /// Host files are too many or too large to be copied.
     #[error(
-        "{} is too large to be copied into the guest: at most {MAX_COPY_BYTES} bytes in {MAX_COPY_ENTRIES} files per container",
-        .0.display()
+        "{} is too large to be copied into the guest: at most {bytes} bytes in {entries} files",
+        path.display()
     )]
-    CopyTooLarge(PathBuf),
+    CopyTooLarge {
+        /// What was to be copied.
+        path: PathBuf,
+        /// The most bytes, of it and what is copied with it.
+        bytes: u64,
+        /// The most files, folders and links.
+        entries: usize,
+    },
     /// A socket, pipe or device cannot be copied.
     #[error("{} is a {kind}, which cannot be copied into the guest: mount a file or a folder", path.display())]
     CopyKind {
@@ -71,12 +76,26 @@ pub enum StorageError {
         /// What it is.
         kind: &'static str,
     },
+    /// An emptyDir of the kubelet's is no directory.
+    #[error("{} is no directory, as an emptyDir must be: delete the pod and let it be made again", .0.display())]
+    NotADirectory(PathBuf),
+    /// What a container may write is no regular file.
+    #[error("{} is no regular file, so it cannot be written back: mount a file", .0.display())]
+    NotAFile(PathBuf),
+    /// A name that cannot be sent to the guest.
+    #[error("{} is not UTF-8, which names in volumes must be: rename it", .0.display())]
+    NameNotUtf8(PathBuf),
     /// A serial number could not be made.
     #[error("name a disk")]
     Serial(#[source] ids::InvalidId),
 }
 
 impl StorageError {
+    /// Whether what it is about is not there.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+
     /// For `map_err`: what was tried on which file.
     pub(crate) fn io(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();

@@ -17,14 +17,18 @@
 //! Nothing is ever mounted where somebody else sees it, and no file has a name before it is whole: a build happens in an
 //! unnamed file, which gets its name by `linkat` when it is done. A process that dies half-way leaves nothing.
 //!
-//! All functions block; call them off the async threads.
+//! All functions block, but those of [`Watch`]; call them off the async threads.
 
 mod build;
 mod copies;
 mod error;
 mod image;
+mod live;
 mod plan;
 mod scratch;
+mod volumes;
+mod watch;
+mod write_back;
 
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
@@ -37,7 +41,11 @@ use pod_spec::HostCopy;
 
 pub use copies::{MAX_COPY_BYTES, MAX_COPY_ENTRIES};
 pub use error::StorageError;
+pub use live::{LiveTree, MAX_LIVE_VOLUMES, MAX_VOLUME_BYTES, MAX_VOLUME_ENTRIES};
 pub use plan::{RootfsMount, RootfsPlan};
+pub use volumes::{empty_dirs, host_mounts, sub_paths};
+pub use watch::Watch;
+pub use write_back::{Written, WrittenBack};
 
 /// The node's storage: the image cache and the scratch template. Any number of processes may use one cache directory.
 #[derive(Debug, Clone)]

@@ -255,6 +255,7 @@ fn files_folders_and_links_are_copied_with_mode_and_owner() {
     let copies = [HostCopy {
         index: 3,
         source: source.clone(),
+        back: None,
     }];
     let mounts = node.store.copy_files(&copies).unwrap();
     assert_eq!(mounts[0].index, 3);
@@ -288,11 +289,12 @@ fn copy_past_the_cap_is_refused_and_at_the_cap_is_not() {
     let copies = [HostCopy {
         index: 0,
         source: source.clone(),
+        back: None,
     }];
     assert!(node.store.copy_files(&copies).is_ok());
     fs::write(source.join("g"), "x").unwrap();
     assert!(
-        matches!(node.store.copy_files(&copies), Err(StorageError::CopyTooLarge(path)) if path == source)
+        matches!(node.store.copy_files(&copies), Err(StorageError::CopyTooLarge { path, .. }) if path == source)
     );
 }
 
@@ -303,7 +305,11 @@ fn socket_is_refused_by_kind() {
     let _socket = std::os::unix::net::UnixListener::bind(source.join("sock")).unwrap();
     let error = node
         .store
-        .copy_files(&[HostCopy { index: 0, source }])
+        .copy_files(&[HostCopy {
+            index: 0,
+            source,
+            back: None,
+        }])
         .unwrap_err()
         .to_string();
     assert!(error.contains("is a socket"), "{error}");

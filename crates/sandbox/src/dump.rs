@@ -43,6 +43,7 @@ pub(crate) fn own(owner: &Owner) -> Value {
         "sandbox_id": owner.shared.id.as_str(),
         "processes": processes,
         "requests_waiting": owner.waiting.len(),
+        "exits_held": owner.held_exits.len(),
         "work_under_way": owner.work.len(),
         "closing": owner.closing,
     })
@@ -74,6 +75,7 @@ pub(crate) async fn answer(shared: Arc<Shared>, mut own: Value, reply: Reply<Val
                 "vmm": described(vmm),
                 "agent": described(agent),
                 "calls_pending": calls,
+                "live_volumes": guest.live.dump(),
             })
         }
     };

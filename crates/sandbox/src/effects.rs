@@ -8,13 +8,14 @@ use std::sync::Arc;
 use ids::{ContainerId, Generation};
 use task_state::{Answer, Effect, Event, Exit, KillScope, Pid, ProcessId, Role, Ticket};
 
+use crate::creation::Creation;
 use crate::error::{SandboxError, SandboxErrorKind};
 use crate::event::TaskEvent;
 use crate::input::{Input, Reply};
 use crate::owner::Owner;
 use crate::record::ProcessIo;
 use crate::request::Deleted;
-use crate::work::{self, Creation, ExecStart, Removal};
+use crate::work::{self, ExecStart, Removal};
 
 /// Who waits for the answer to a ticket.
 pub(crate) enum Waiting {

@@ -7,6 +7,8 @@ use std::any::Any;
 
 use agent_proto::api;
 use hypervisor::{Disk, VmSpec};
+use pod_spec::LiveVolume;
+use pod_storage::WrittenBack;
 
 use crate::error::SandboxError;
 use crate::request::CreateTask;
@@ -53,7 +55,7 @@ pub enum ContainerKind {
     /// CRI's sandbox container: it stands for the VM and has no process in the guest.
     Sandbox,
     /// A container in the guest.
-    Guest(GuestContainer),
+    Guest(Box<GuestContainer>),
 }
 
 /// A container in the guest.
@@ -64,6 +66,14 @@ pub struct GuestContainer {
     pub rootfs: GuestRootfs,
     /// Host files that go into guest memory.
     pub copied_mounts: Vec<api::CopiedMount>,
+    /// Those of them that the host gets back when the container has ended.
+    pub written_back: Vec<WrittenBack>,
+    /// Volumes of the pod that are put into the guest and kept current.
+    pub live: Vec<LiveVolume>,
+    /// EmptyDirs that the guest makes.
+    pub volumes: Vec<api::Volume>,
+    /// Parts of them that the container mounts.
+    pub sub_paths: Vec<api::SubPath>,
 }
 
 /// The root file system of a container in the guest.

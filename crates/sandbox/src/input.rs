@@ -7,6 +7,7 @@ use std::any::Any;
 
 use agent_client::{AgentEvent, TerminalSize};
 use ids::{ContainerId, DiskSerial, Generation};
+use pod_storage::WrittenBack;
 use task_state::{Exit, Pid, ProcessId, Role};
 use tokio::sync::oneshot;
 
@@ -35,6 +36,8 @@ pub(crate) enum Input {
     Removed(ProcessId, Generation),
     /// The guest tells; the sender is waited for before it is asked again.
     Guest(Vec<AgentEvent>, oneshot::Sender<()>),
+    /// What an init left in its files is on the host, as far as it will ever be: its exit can be told.
+    Settled(ProcessId),
     /// The VM has ended, or never came up; its task is done.
     VmGone(Failure),
 }
@@ -45,6 +48,8 @@ pub(crate) struct Made {
     pub(crate) pid: Pid,
     /// Shares to give back when it is removed.
     pub(crate) disks: Vec<DiskSerial>,
+    /// Files that the host gets back when it has ended.
+    pub(crate) written_back: Vec<WrittenBack>,
     /// Undoes on drop what was made on the host.
     pub(crate) guard: Box<dyn Any + Send>,
 }

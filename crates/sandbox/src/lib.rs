@@ -19,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 mod convert;
+mod creation;
 mod disks;
 mod dump;
 mod effects;
@@ -27,6 +28,7 @@ mod event;
 mod handle;
 mod host;
 mod input;
+mod live;
 mod owner;
 mod phase;
 mod record;
@@ -37,6 +39,7 @@ mod stats;
 mod tests;
 mod vm;
 mod work;
+mod write_back;
 
 pub use agent_client::{StdioPaths, TerminalSize};
 pub use error::{SandboxError, SandboxErrorKind};

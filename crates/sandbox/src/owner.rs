@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use agent_client::AgentEvent;
 use hypervisor::Driver;
-use ids::{ContainerId, SandboxId};
+use ids::{ContainerId, Generation, SandboxId};
 use task_state::{Denied, DeniedCode, ProcessId, TaskTable, Ticket};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -125,6 +125,7 @@ pub fn spawn(options: SandboxOptions) -> SandboxHandle {
         table: TaskTable::default(),
         containers: BTreeMap::new(),
         execs: BTreeMap::new(),
+        held_exits: BTreeMap::new(),
         waiting: HashMap::new(),
         last_ticket: 0,
         work: JoinSet::new(),
@@ -146,6 +147,8 @@ pub(crate) struct Owner {
     pub(crate) table: TaskTable<SandboxError>,
     pub(crate) containers: BTreeMap<ContainerId, ContainerRecord>,
     pub(crate) execs: BTreeMap<ProcessId, ExecRecord>,
+    /// Exits that wait for files to be written back.
+    pub(crate) held_exits: BTreeMap<ProcessId, (Generation, task_state::Exit)>,
     /// Requests whose answers come later.
     pub(crate) waiting: HashMap<Ticket, Waiting>,
     last_ticket: u64,
@@ -185,11 +188,13 @@ impl Owner {
                         role,
                         pid,
                         disks,
+                        written_back,
                         guard,
                     } = made;
                     if let Some(record) = self.containers.get_mut(&container) {
                         record.role = role;
                         record.disks = disks;
+                        record.written_back = written_back;
                         record.guard = Some(guard);
                     }
                     (role, pid)
@@ -241,8 +246,10 @@ impl Owner {
                 // The reader has gone if the VM has.
                 let _gone = taken.send(());
             }
+            Input::Settled(process) => self.settled(process),
             Input::VmGone(failure) => {
                 self.failure = Some(failure);
+                self.settle_all();
                 self.feed(task_state::Input::VmGone);
             }
         }
@@ -255,14 +262,11 @@ impl Owner {
                 status,
                 at,
             } => {
-                self.feed(task_state::Input::Exited {
-                    process: ProcessId {
-                        container: process.container,
-                        exec: process.exec,
-                    },
-                    generation: process.generation,
-                    exit: task_state::Exit { status, at },
-                });
+                let id = ProcessId {
+                    container: process.container,
+                    exec: process.exec,
+                };
+                self.exited(id, process.generation, task_state::Exit { status, at });
             }
             AgentEvent::StreamEnded {
                 process,

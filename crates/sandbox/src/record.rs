@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use agent_client::{HostStdio, StdioError, StdioPaths, Streams, TerminalSize};
 use ids::{DiskSerial, Generation};
+use pod_storage::WrittenBack;
 use task_state::Role;
 use tokio::sync::watch;
 
@@ -72,6 +73,8 @@ pub(crate) struct ContainerRecord {
     pub(crate) abort: watch::Sender<bool>,
     pub(crate) role: Role,
     pub(crate) disks: Vec<DiskSerial>,
+    /// Files that the host gets back when the container has ended.
+    pub(crate) written_back: Vec<WrittenBack>,
     /// Undoes on drop what was made on the host.
     pub(crate) guard: Option<Box<dyn Any + Send>>,
     pub(crate) resized: bool,

@@ -125,6 +125,7 @@ impl Owner {
                     abort: watch::Sender::new(false),
                     role: Role::Guest,
                     disks: Vec::new(),
+                    written_back: Vec::new(),
                     guard: None,
                     resized: false,
                     figures: Arc::default(),

@@ -26,6 +26,7 @@ use crate::disks::Disks;
 use crate::error::{SandboxError, SandboxErrorKind};
 use crate::host::PodPlan;
 use crate::input::Input;
+use crate::live::LiveVolumes;
 use crate::owner::Shared;
 use crate::phase::{Of, phase};
 
@@ -61,6 +62,7 @@ pub(crate) struct Guest {
     pub(crate) agent: Arc<AgentClient>,
     pub(crate) disks: Disks,
     pub(crate) size: VmSize,
+    pub(crate) live: LiveVolumes,
 }
 
 impl Failure {
@@ -240,9 +242,11 @@ async fn boot(
         configured.map_err(|error| convert::agent_start("set the guest up for the pod", error))
     })
     .await?;
+    let agent = Arc::new(agent);
     Ok(Arc::new(Guest {
         vm: Arc::clone(vm),
-        agent: Arc::new(agent),
+        live: LiveVolumes::new(shared.id.clone(), Arc::clone(&agent)),
+        agent,
         disks: Disks::new(Arc::clone(vm)),
         size,
     }))

@@ -54,11 +54,15 @@ impl Host for FakeHost {
         let bundle = pod_spec::Bundle::parse(&spec_json).map_err(internal)?;
         let kind = match bundle.role() {
             pod_spec::Role::Sandbox if task.shell.is_none() => ContainerKind::Sandbox,
-            _ => ContainerKind::Guest(GuestContainer {
+            _ => ContainerKind::Guest(Box::new(GuestContainer {
                 spec_json,
                 rootfs: GuestRootfs::Layered(Vec::new()),
                 copied_mounts: Vec::new(),
-            }),
+                live: Vec::new(),
+                written_back: Vec::new(),
+                volumes: Vec::new(),
+                sub_paths: Vec::new(),
+            })),
         };
         Ok(ContainerPlan {
             kind,

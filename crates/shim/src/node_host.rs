@@ -15,7 +15,7 @@ use agent_proto::{CONTROL_PORT, api};
 use hypervisor::{Disk, VmSpec};
 use ids::{DiskSerial, GuestCid, SandboxId};
 use pod_spec::{Bundle, ContainerSpec, Role, RuntimeConfig, SpecError};
-use pod_storage::{Rootfs, RootfsForm, StorageError, Store};
+use pod_storage::{Rootfs, RootfsForm, StorageError, Store, WrittenBack};
 use sandbox::{
     ContainerKind, ContainerPlan, CreateTask, GuestContainer, GuestDisk, GuestRootfs, Host,
     PodPlan, SandboxError, SandboxErrorKind, Shell,
@@ -83,7 +83,11 @@ impl NodeHost {
         Ok(GuestContainer {
             spec_json: spec.guest_spec,
             rootfs: guest_rootfs(rootfs)?,
+            live: spec.live,
+            written_back: WrittenBack::open_all(&spec.copies).map_err(storage_error)?,
             copied_mounts: store.copy_files(&spec.copies).map_err(storage_error)?,
+            volumes: pod_storage::empty_dirs(&spec.empty_dirs).map_err(storage_error)?,
+            sub_paths: pod_storage::sub_paths(&spec.sub_paths).map_err(storage_error)?,
         })
     }
 
@@ -103,6 +107,10 @@ impl NodeHost {
             spec_json: pod_spec::shell_spec(&shell.args, task.stdio.terminal, &shell.term),
             rootfs: guest_rootfs(rootfs)?,
             copied_mounts: Vec::new(),
+            written_back: Vec::new(),
+            live: Vec::new(),
+            volumes: Vec::new(),
+            sub_paths: Vec::new(),
         })
     }
 }
@@ -161,7 +169,7 @@ impl Host for NodeHost {
     fn plan_container(&self, task: &CreateTask) -> Result<ContainerPlan, SandboxError> {
         if let Some(shell) = &task.shell {
             return Ok(ContainerPlan {
-                kind: ContainerKind::Guest(self.shell(task, shell)?),
+                kind: ContainerKind::Guest(Box::new(self.shell(task, shell)?)),
                 guard: nothing_to_undo(),
             });
         }
@@ -180,8 +188,11 @@ impl Host for NodeHost {
         let kind = match bundle.role() {
             Role::Sandbox => ContainerKind::Sandbox,
             Role::Member(_) | Role::Standalone => {
-                let spec = bundle.container(&task.container).map_err(spec_error)?;
-                ContainerKind::Guest(self.guest_container(task, spec)?)
+                let mounts = pod_storage::host_mounts().map_err(storage_error)?;
+                let spec = bundle
+                    .container(&task.container, &mounts)
+                    .map_err(spec_error)?;
+                ContainerKind::Guest(Box::new(self.guest_container(task, spec)?))
             }
         };
         Ok(ContainerPlan {
@@ -286,8 +297,11 @@ fn storage_error(error: StorageError) -> SandboxError {
         StorageError::NoSpace { .. } => SandboxErrorKind::ResourceExhausted,
         StorageError::UnknownRootfs(_)
         | StorageError::Overlay { .. }
-        | StorageError::CopyTooLarge(_)
-        | StorageError::CopyKind { .. } => SandboxErrorKind::InvalidArgument,
+        | StorageError::CopyTooLarge { .. }
+        | StorageError::CopyKind { .. }
+        | StorageError::NotADirectory(_)
+        | StorageError::NotAFile(_)
+        | StorageError::NameNotUtf8(_) => SandboxErrorKind::InvalidArgument,
         StorageError::Io { .. } | StorageError::Tool { .. } | StorageError::Serial(_) => {
             SandboxErrorKind::Internal
         }

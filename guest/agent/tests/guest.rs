@@ -67,6 +67,8 @@ fn main() {
             signals_reach_their_process
             containers_share_what_the_pod_shares
             copied_files_are_as_sent
+            volume_in_memory_and_a_part_of_it_are_shared
+            volume_changes_in_a_running_container
             resources_are_enforced
             devices_are_denied
             oom_is_told_before_the_exit
@@ -454,6 +456,70 @@ async fn copied_files_are_as_sent(guest: &mut Guest) {
         .remove_container(host::ctx(), &reference)
         .await
         .unwrap();
+}
+
+fn bind(source: &str, destination: &str) -> serde_json::Value {
+    json!({"destination": destination, "type": "bind", "source": source, "options": ["rbind", "rw"]})
+}
+
+async fn volume_in_memory_and_a_part_of_it_are_shared(guest: &mut Guest) {
+    let mounts = |id: &str| {
+        json!({"mounts": [bind("/run/coffer/volumes/fast", "/fast"),
+                          bind(&format!("/run/coffer/sub_paths/{id}/0"), "/part")]})
+    };
+    let script = "echo kept > /part/note; stat -c '%a %g' /fast /fast/part; df -k /fast | tail -1 | tr -s ' ' | cut -d' ' -f2";
+    let end = guest
+        .run_to_end("vm1", shell_with(script, mounts("vm1")))
+        .await;
+    assert_eq!(end.1, "2770 7\n750 7\n1024\n", "{}", end.2);
+    let script = "cat /fast/part/of/it/note /part/note";
+    let end = guest
+        .run_to_end("vm2", shell_with(script, mounts("vm2")))
+        .await;
+    assert_eq!(end.1, "kept\nkept\n", "{}", end.2);
+}
+
+async fn volume_changes_in_a_running_container(guest: &mut Guest) {
+    let state = |state: &str, value: &str| {
+        let entry = |path: String, content| api::CopiedFile {
+            path,
+            mode: 0o755,
+            content: Some(content),
+            ..Default::default()
+        };
+        let directory = || api::copied_file::Content::Directory(api::Empty::new());
+        let link = |target: &str| api::copied_file::Content::Symlink(target.to_owned());
+        let data = api::copied_file::Content::Data(value.as_bytes().to_vec());
+        api::PutFilesRequest {
+            volume: "live".to_owned(),
+            last: true,
+            entries: vec![
+                entry(String::new(), directory()),
+                entry(state.to_owned(), directory()),
+                entry(format!("{state}/key"), data),
+                entry("..data".to_owned(), link(state)),
+                entry("key".to_owned(), link("..data/key")),
+            ],
+            ..Default::default()
+        }
+    };
+    let put = |client: agent_proto::service::AgentClient, request| async move {
+        client.put_files(host::ctx(), &request).await.unwrap();
+    };
+    put(guest.client.clone(), state("..1", "one\n")).await;
+    let mounts = json!({"mounts": [bind("/run/coffer/volumes/live", "/live")]});
+    let script = "cat /live/key; echo ready > /cache/ready; until grep -q two /live/key; do sleep 0.1; done; ls -A /live";
+    let change = shell_with(script, mounts);
+    let process = guest.create("live", OUTPUT, change).await.unwrap();
+    guest.start(&process).await.unwrap();
+    let wait = "until [ -s /cache/ready ]; do sleep 0.1; done";
+    guest.run_to_end("wait", shell(wait)).await;
+    put(guest.client.clone(), state("..2", "two\n")).await;
+    let reference = container_ref(&process.key);
+    let end = guest.finish(process).await;
+    assert_eq!(end.1, "one\n..2\n..data\nkey\n", "{}", end.2);
+    let removed = guest.client.remove_container(host::ctx(), &reference);
+    removed.await.unwrap();
 }
 
 async fn resources_are_enforced(guest: &mut Guest) {

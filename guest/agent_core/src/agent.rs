@@ -28,7 +28,7 @@ use crate::stdio::{Connections, Stream, pump_input, pump_output};
 use crate::system::{Gate, Job, Launched, System};
 use crate::table::{Consequences, ExecBase, ProcessIo, ProcessTable};
 
-type Table = ProcessTable<Box<dyn Gate>>;
+pub(crate) type Table = ProcessTable<Box<dyn Gate>>;
 
 /// A container's or exec's process in the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,11 +84,11 @@ impl<S: System> Agent<S> {
         &self.system
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
+    pub(crate) fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn blocking<T: Send + 'static>(
+    pub(crate) async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&S) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {

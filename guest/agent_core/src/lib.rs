@@ -6,6 +6,7 @@
 mod agent;
 mod error;
 mod events;
+mod files;
 pub mod linux;
 pub mod log;
 mod network;
@@ -14,6 +15,7 @@ mod service;
 pub mod stdio;
 mod system;
 mod table;
+mod volume_plan;
 
 pub use agent::{Agent, ProcessInfo};
 pub use error::{Code, Error};
@@ -21,5 +23,8 @@ pub use events::Events;
 pub use network::{CardPlan, NetworkPlan, Prefix, RoutePlan, RulePlan};
 pub use plan::*;
 pub use service::Service;
-pub use system::{Cgroups, Gate, Job, Launched, System};
+pub use system::{Cgroups, FileEnd, Files, Gate, Job, Launched, System};
 pub use table::{Consequences, Exit, ProcessIo, ProcessTable};
+pub use volume_plan::{
+    MAX_VOLUME_NAME_LEN, MAX_VOLUMES, MediumPlan, OwnerPlan, PutPlan, SubPathPlan, VolumePlan,
+};

@@ -13,6 +13,7 @@ use oci_spec::runtime::{Process, Spec};
 
 use crate::Error;
 use crate::network::NetworkPlan;
+use crate::volume_plan::{self, SubPathPlan, VolumePlan};
 
 /// The most layers under one overlay (`OVL_MAX_STACK` of the kernel).
 pub const MAX_LAYERS: usize = 500;
@@ -95,6 +96,8 @@ pub struct CopiedFile {
     pub gid: u32,
     /// What it is.
     pub content: CopiedContent,
+    /// How many bytes of the file are there already; the contents come behind them.
+    pub offset: u64,
 }
 
 /// What a copied entry is.
@@ -121,6 +124,10 @@ pub struct ContainerPlan {
     pub stdio: StdioPlan,
     /// Copied mounts: index and entries, parents before what is in them.
     pub copied: Vec<(u32, Vec<CopiedFile>)>,
+    /// The emptyDirs that it mounts.
+    pub volumes: Vec<VolumePlan>,
+    /// The parts of them that it mounts.
+    pub sub_paths: Vec<SubPathPlan>,
 }
 
 /// A further process to make.
@@ -333,6 +340,7 @@ impl ContainerPlan {
                 Ok((mount.index, files))
             })
             .collect::<Result<_, Error>>()?;
+        let (volumes, sub_paths) = volume_plan::parse_all(request.volumes, request.sub_paths)?;
         Ok(Self {
             key: ProcessKey {
                 container,
@@ -343,6 +351,8 @@ impl ContainerPlan {
             rootfs,
             stdio,
             copied,
+            volumes,
+            sub_paths,
         })
     }
 }
@@ -379,24 +389,27 @@ fn same_terminal(process: Option<&Process>, stdio: StdioPlan) -> Result<(), Erro
     ))
 }
 
-fn copied_file(file: api::CopiedFile) -> Result<CopiedFile, Error> {
-    if file.path.len() > MAX_COPIED_PATH_LEN {
-        return Err(Error::bad(
-            "copied_mounts.path",
-            format!("is {} bytes long", file.path.len()),
-        ));
+/// A relative path of plain components, or an empty one.
+///
+/// # Errors
+/// [`Error::BadRequest`].
+pub(crate) fn plain_path(field: &str, path: &str) -> Result<PathBuf, Error> {
+    if path.len() > MAX_COPIED_PATH_LEN {
+        return Err(Error::bad(field, format!("is {} bytes long", path.len())));
     }
-    let plain = file.path.is_empty()
-        || file
-            .path
+    let plain = path.is_empty()
+        || path
             .split('/')
             .all(|part| !part.is_empty() && part != "." && part != ".." && !part.contains('\0'));
     if !plain {
-        return Err(Error::bad(
-            "copied_mounts.path",
-            format!("{:?} is no plain relative path", file.path),
-        ));
+        let problem = format!("{path:?} is no plain relative path");
+        return Err(Error::bad(field, problem));
     }
+    Ok(PathBuf::from(path))
+}
+
+pub(crate) fn copied_file(file: api::CopiedFile) -> Result<CopiedFile, Error> {
+    let path = plain_path("copied_mounts.path", &file.path)?;
     let content = match file.content {
         Some(api::copied_file::Content::Data(data)) => CopiedContent::Data(data),
         Some(api::copied_file::Content::Symlink(target)) => CopiedContent::Symlink(target),
@@ -409,11 +422,12 @@ fn copied_file(file: api::CopiedFile) -> Result<CopiedFile, Error> {
         }
     };
     Ok(CopiedFile {
-        path: PathBuf::from(file.path),
+        path,
         mode: file.mode & 0o7777,
         uid: file.uid,
         gid: file.gid,
         content,
+        offset: file.offset,
     })
 }
 

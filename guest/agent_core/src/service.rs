@@ -14,6 +14,7 @@ use ttrpc::r#async::TtrpcContext;
 use crate::agent::Agent;
 use crate::plan::{ContainerPlan, ExecPlan, SandboxPlan, container_id, process_key};
 use crate::system::System;
+use crate::volume_plan::PutPlan;
 use crate::{Code, Error};
 
 /// [`Agent`] as a ttrpc service.
@@ -198,6 +199,32 @@ impl<S: System> service::Agent for Service<S> {
     ) -> ttrpc::Result<api::ContainerStats> {
         let id = parsed(container_id(&request.container_id))?;
         parsed(self.0.stats(&id).await)
+    }
+
+    async fn put_files(
+        &self,
+        _: &TtrpcContext,
+        request: api::PutFilesRequest,
+    ) -> ttrpc::Result<api::Empty> {
+        let plan = parsed(PutPlan::parse(request))?;
+        let agent = self.0.clone();
+        finish(async move { agent.put_files(plan).await }).await?;
+        Ok(api::Empty::new())
+    }
+
+    async fn read_copied_file(
+        &self,
+        _: &TtrpcContext,
+        request: api::ReadCopiedFileRequest,
+    ) -> ttrpc::Result<api::FileEnd> {
+        let id = parsed(container_id(&request.container_id))?;
+        let read = self.0.read_copied(&id, request.index, request.max_bytes);
+        let end = parsed(read.await)?;
+        Ok(api::FileEnd {
+            size: end.size,
+            data: end.data,
+            ..Default::default()
+        })
     }
 
     async fn remove_container(

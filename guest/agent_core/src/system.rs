@@ -16,9 +16,39 @@ use oci_spec::runtime::{LinuxResources, Process, Spec};
 
 use crate::Error;
 use crate::plan::{ContainerPlan, SandboxPlan};
+use crate::volume_plan::PutPlan;
+
+/// The files that the host has put into the guest.
+pub trait Files {
+    /// Takes one part of what a volume is to hold; with the last one the volume is made, or changed over to it.
+    ///
+    /// # Errors
+    /// [`Error`]; the parts are forgotten.
+    fn put(&self, plan: &PutPlan) -> Result<(), Error>;
+
+    /// The last `max` bytes of a copied mount that is a single file, and how many it has.
+    ///
+    /// # Errors
+    /// [`Error`].
+    fn read_copied(
+        &self,
+        container: &ContainerId,
+        index: u32,
+        max: usize,
+    ) -> Result<FileEnd, Error>;
+}
+
+/// The end of a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileEnd {
+    /// How many bytes the file has.
+    pub size: u64,
+    /// The last of them.
+    pub data: Vec<u8>,
+}
 
 /// The machine.
-pub trait System: Cgroups + Send + Sync + 'static {
+pub trait System: Cgroups + Files + Send + Sync + 'static {
     /// Makes what the pod's containers share.
     ///
     /// # Errors

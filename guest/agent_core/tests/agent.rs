@@ -8,8 +8,8 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex};
 
 use agent_core::{
-    Agent, Cgroups, Code, ContainerPlan, Error, ExecPlan, Gate, Job, Launched, RootfsPlan,
-    SandboxPlan, StdioPlan, System,
+    Agent, Cgroups, Code, ContainerPlan, Error, ExecPlan, FileEnd, Files, Gate, Job, Launched,
+    PutPlan, RootfsPlan, SandboxPlan, StdioPlan, System,
 };
 use agent_proto::{ProcessKey, api};
 use ids::{ContainerId, Generation};
@@ -38,6 +38,21 @@ impl Fake {
     fn open_mounts(&self) {
         *self.mounts.0.lock().unwrap() = true;
         self.mounts.1.notify_all();
+    }
+}
+
+impl Files for Fake {
+    fn put(&self, plan: &PutPlan) -> Result<(), Error> {
+        self.note(format!("put {}", plan.volume));
+        Ok(())
+    }
+
+    fn read_copied(&self, _: &ContainerId, index: u32, max: usize) -> Result<FileEnd, Error> {
+        self.note(format!("read {index} {max}"));
+        Ok(FileEnd {
+            size: 5,
+            data: b"ended".to_vec(),
+        })
     }
 }
 
@@ -149,6 +164,8 @@ fn plan(id: &str) -> ContainerPlan {
         rootfs: RootfsPlan::Layered(Vec::new()),
         stdio: StdioPlan::default(),
         copied: Vec::new(),
+        volumes: Vec::new(),
+        sub_paths: Vec::new(),
     }
 }
 
@@ -286,4 +303,18 @@ async fn one_change_of_a_container_at_a_time() {
     agent.system().open_mounts();
     slow.await.unwrap();
     agent.update(&id, resources).await.unwrap();
+}
+
+#[tokio::test]
+async fn copied_file_of_a_known_container_is_read_up_to_the_cap() {
+    let agent = Agent::new(Arc::new(Fake::default()));
+    let id: ContainerId = "c".parse().unwrap();
+    let error = agent.read_copied(&id, 0, 4096).await.unwrap_err();
+    assert_eq!(error.code(), Code::NotFound);
+    agent.create_container(plan("c")).await.unwrap();
+    let max = u32::try_from(agent_proto::MAX_FILE_END_LEN).unwrap();
+    let end = agent.read_copied(&id, 0, max).await.unwrap();
+    assert_eq!(end.data, b"ended");
+    let error = agent.read_copied(&id, 0, max + 1).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
 }

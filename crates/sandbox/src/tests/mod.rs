@@ -5,8 +5,10 @@
 
 mod boots;
 mod changes;
+mod live;
 mod lives;
 mod phases;
 mod pod;
 mod soak;
 mod streams;
+mod write_back;

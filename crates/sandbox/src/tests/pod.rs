@@ -11,6 +11,8 @@ use std::sync::{Arc, Mutex};
 use agent_proto::api;
 use driver_fake::{FakeDriver, FakeVm, Script, fake_spec};
 use hypervisor::{Disk, DiskAccess};
+use pod_spec::{HostCopy, LiveVolume, WriteBack};
+use pod_storage::WrittenBack;
 use tempfile::TempDir;
 use tokio::sync::watch;
 
@@ -52,6 +54,10 @@ pub(super) enum Known {
     Sandbox,
     /// The guest's program, and the serial numbers of the rootfs's disks.
     Guest(Vec<&'static str>, Vec<&'static str>),
+    /// The guest's program, and a host file that gets back what it leaves.
+    Writer(Vec<&'static str>, PathBuf, WriteBack),
+    /// A container that sleeps, and volumes that are kept current.
+    Reader(Vec<LiveVolume>),
 }
 
 pub(super) struct FakeHost {
@@ -93,16 +99,43 @@ impl Host for FakeHost {
                 ));
             }
             Some(Known::Sandbox) => ContainerKind::Sandbox,
-            Some(Known::Guest(args, serials)) => ContainerKind::Guest(GuestContainer {
-                spec_json: spec(&args),
-                rootfs: GuestRootfs::Layered(serials.into_iter().map(disk).collect()),
-                copied_mounts: Vec::new(),
+            Some(Known::Guest(args, serials)) => guest(container(&args, serials)),
+            Some(Known::Reader(live)) => guest(GuestContainer {
+                live,
+                ..container(&["sleep"], vec!["layer"])
             }),
+            Some(Known::Writer(args, source, back)) => {
+                let copy = HostCopy {
+                    index: 0,
+                    source,
+                    back: Some(back),
+                };
+                guest(GuestContainer {
+                    written_back: WrittenBack::open_all(&[copy]).unwrap(),
+                    ..container(&args, vec!["layer"])
+                })
+            }
         };
         Ok(ContainerPlan {
             kind,
             guard: Box::new(Arc::clone(&self.made)),
         })
+    }
+}
+
+fn guest(container: GuestContainer) -> ContainerKind {
+    ContainerKind::Guest(Box::new(container))
+}
+
+fn container(args: &[&str], serials: Vec<&str>) -> GuestContainer {
+    GuestContainer {
+        spec_json: spec(args),
+        rootfs: GuestRootfs::Layered(serials.into_iter().map(disk).collect()),
+        copied_mounts: Vec::new(),
+        live: Vec::new(),
+        written_back: Vec::new(),
+        volumes: Vec::new(),
+        sub_paths: Vec::new(),
     }
 }
 

@@ -393,6 +393,29 @@ pub(crate) fn create_request(
         )),
         stdio: Some(stdio(io)).into(),
         copied_mounts,
+        volumes: vec![
+            api::Volume {
+                name: "cache".to_owned(),
+                medium: Some(api::volume::Medium::Scratch(api::Empty::new())),
+                mode: 0o777,
+                ..Default::default()
+            },
+            api::Volume {
+                name: "fast".to_owned(),
+                medium: Some(api::volume::Medium::MemoryBytes(1 << 20)),
+                mode: 0o2770,
+                gid: 7,
+                ..Default::default()
+            },
+        ],
+        sub_paths: vec![api::SubPath {
+            index: 0,
+            volume: "fast".to_owned(),
+            path: "part/of/it".to_owned(),
+            mode: 0o750,
+            gid: 7,
+            ..Default::default()
+        }],
         ..Default::default()
     }
 }

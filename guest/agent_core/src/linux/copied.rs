@@ -8,6 +8,7 @@
 
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use rustix::fs::{
@@ -18,6 +19,7 @@ use rustix::fs::{
 use crate::Error;
 use crate::error::Context as _;
 use crate::plan::{CopiedContent, CopiedFile};
+use crate::system::FileEnd;
 
 /// Makes the copied mount with these `entries` at `place`, which does not exist yet; parents come before what is in them.
 ///
@@ -44,6 +46,35 @@ pub(super) fn write(place: &Path, entries: &[CopiedFile]) -> Result<(), Error> {
         make(&base, &path, entry).step(|| format!("copying {}", path.display()))?;
     }
     Ok(())
+}
+
+/// The last `max` bytes of the copied file at `place`, which a container may be writing to.
+///
+/// # Errors
+/// [`Error::Step`], [`Error::BadRequest`] if it is no regular file.
+pub(super) fn read_end(place: &Path, max: usize) -> Result<FileEnd, Error> {
+    let step = || format!("reading {}", place.display());
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = std::fs::File::from(openat(CWD, place, flags, Mode::empty()).step(step)?);
+    let metadata = file.metadata().step(step)?;
+    if !metadata.is_file() {
+        return Err(Error::bad("index", "is of no single file"));
+    }
+    let size = metadata.len();
+    let len = u64::try_from(max).unwrap_or(u64::MAX).min(size);
+    let mut data = vec![0; usize::try_from(len).unwrap_or(max)];
+    let mut have = 0;
+    while let Some(rest) = data.get_mut(have..).filter(|rest| !rest.is_empty()) {
+        let done = u64::try_from(have).unwrap_or(u64::MAX);
+        let at = size.saturating_sub(len).saturating_add(done);
+        match file.read_at(rest, at).step(step)? {
+            // It has become shorter meanwhile.
+            0 => break,
+            read => have = have.saturating_add(read),
+        }
+    }
+    data.truncate(have);
+    Ok(FileEnd { size, data })
 }
 
 fn make(base: &OwnedFd, path: &Path, entry: &CopiedFile) -> std::io::Result<()> {
@@ -84,6 +115,15 @@ fn make(base: &OwnedFd, path: &Path, entry: &CopiedFile) -> std::io::Result<()> 
             fchown(&made, Some(user), Some(group))?;
             fchmod(&made, mode)?;
         }
+        CopiedContent::Data(data) if entry.offset > 0 => {
+            let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let mut begun = std::fs::File::from(openat(&folder, name, flags, Mode::empty())?);
+            let metadata = begun.metadata()?;
+            if !metadata.is_file() || metadata.len() != entry.offset {
+                return Err(std::io::ErrorKind::InvalidInput.into());
+            }
+            begun.write_all(data)?;
+        }
         CopiedContent::Data(data) => {
             let flags =
                 OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -111,6 +151,7 @@ mod tests {
             uid: owner.uid(),
             gid: owner.gid(),
             content,
+            offset: 0,
         }
     }
 
@@ -146,6 +187,21 @@ mod tests {
         let place = folder.path().join("3");
         write(&place, &[entry("", CopiedContent::Data(b"hosts".to_vec()))]).unwrap();
         assert_eq!(std::fs::read(place).unwrap(), b"hosts");
+    }
+
+    #[test]
+    fn end_of_a_file_is_read_and_nothing_else_is() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = folder.path().join("0");
+        std::fs::write(&place, "0123456789").unwrap();
+        for (max, data) in [(0, ""), (4, "6789"), (10, "0123456789"), (11, "0123456789")] {
+            let end = read_end(&place, max).unwrap();
+            assert_eq!((end.size, end.data.as_slice()), (10, data.as_bytes()));
+        }
+        read_end(folder.path(), 4).unwrap_err();
+        std::os::unix::fs::symlink(&place, folder.path().join("1")).unwrap();
+        read_end(&folder.path().join("1"), 4).unwrap_err();
+        read_end(&folder.path().join("2"), 4).unwrap_err();
     }
 
     #[test]

@@ -9,11 +9,14 @@ mod copied;
 mod device_program;
 mod disk;
 pub mod host_folders;
+mod huge_pages;
 mod mount;
 pub mod network;
 mod process;
+mod put;
 pub mod reaper;
 mod resources;
+mod volume;
 mod watch;
 
 use std::collections::HashMap;
@@ -26,6 +29,7 @@ use std::sync::{Mutex, PoisonError};
 use agent_proto::layout;
 use ids::{ContainerId, DiskSerial};
 use oci_process::Streams;
+use oci_spec::runtime::LinuxResources;
 use rustix::process::{Signal, pidfd_send_signal};
 use rustix::time::{ClockId, Timespec};
 
@@ -35,7 +39,8 @@ pub use watch::MemoryWatch;
 use crate::Error;
 use crate::error::Context as _;
 use crate::plan::{ContainerPlan, DiskPlan, RootfsPlan, SandboxPlan};
-use crate::system::{Job, Launched, System};
+use crate::system::{FileEnd, Files, Job, Launched, System};
+use crate::volume_plan::PutPlan;
 
 /// The guest.
 #[derive(Debug)]
@@ -43,6 +48,8 @@ pub struct Linux {
     disks: disk::Disks,
     /// What each container has taken of the disks.
     taken: Mutex<HashMap<ContainerId, Taken>>,
+    volumes: volume::Volumes,
+    puts: put::Puts,
     memory: MemoryWatch,
 }
 
@@ -50,6 +57,7 @@ pub struct Linux {
 struct Taken {
     shared: Vec<DiskSerial>,
     own_device: Option<String>,
+    huge_pages: Vec<huge_pages::Reserved>,
 }
 
 impl Linux {
@@ -58,6 +66,8 @@ impl Linux {
         Self {
             disks: disk::Disks::default(),
             taken: Mutex::default(),
+            volumes: volume::Volumes::default(),
+            puts: put::Puts::default(),
             memory,
         }
     }
@@ -101,6 +111,20 @@ impl Linux {
         )
     }
 
+    fn reserve_huge_pages(
+        &self,
+        id: &ContainerId,
+        resources: Option<&LinuxResources>,
+    ) -> Result<(), Error> {
+        let limits = resources.and_then(|resources| resources.hugepage_limits().as_deref());
+        let mut reserved = Vec::new();
+        let result = huge_pages::reserve(limits.unwrap_or_default(), &mut reserved);
+        if !reserved.is_empty() {
+            self.taken().entry(id.clone()).or_default().huge_pages = reserved;
+        }
+        result
+    }
+
     fn take_layer(&self, id: &ContainerId, layer: &DiskPlan) -> Result<String, Error> {
         let place = self.disks.acquire(layer)?;
         self.taken()
@@ -118,49 +142,19 @@ fn writable_layer(id: &ContainerId) -> PathBuf {
         .join(id.as_str())
 }
 
-/// EmptyDirs on the scratch disk are made by the first container that mounts them, open to all as kubelet makes them.
-fn make_volumes(spec: &oci_spec::runtime::Spec) -> Result<(), Error> {
-    let volumes = Path::new(layout::SCRATCH_DIR).join("volumes");
-    for source in spec
-        .mounts()
-        .iter()
-        .flatten()
-        .filter_map(|mount| mount.source().as_ref())
-    {
-        let Ok(below) = source.strip_prefix(&volumes) else {
-            continue;
-        };
-        let plain = below
-            .components()
-            .all(|part| matches!(part, std::path::Component::Normal(_)));
-        if !plain {
-            return Err(Error::bad(
-                "spec.mounts",
-                format!("{} is no volume's place", source.display()),
-            ));
-        }
-        let mut here = volumes.clone();
-        for part in below.components() {
-            here.push(part);
-            let step = || format!("making the volume {}", here.display());
-            match fs::create_dir(&here) {
-                Ok(()) => {
-                    fs::set_permissions(&here, fs::Permissions::from_mode(0o777)).step(step)?
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                    let kind = fs::symlink_metadata(&here).step(step)?.file_type();
-                    if kind.is_symlink() {
-                        return Err(Error::bad(
-                            "spec.mounts",
-                            format!("{} is a link", here.display()),
-                        ));
-                    }
-                }
-                Err(error) => return Err(error).step(step),
-            }
-        }
+impl Files for Linux {
+    fn put(&self, plan: &PutPlan) -> Result<(), Error> {
+        self.puts.put(plan)
     }
-    Ok(())
+
+    fn read_copied(
+        &self,
+        container: &ContainerId,
+        index: u32,
+        max: usize,
+    ) -> Result<FileEnd, Error> {
+        copied::read_end(Path::new(&layout::copied_mount(container, index)), max)
+    }
 }
 
 impl System for Linux {
@@ -212,12 +206,18 @@ impl System for Linux {
         for (index, entries) in &plan.copied {
             copied::write(Path::new(&layout::copied_mount(id, *index)), entries)?;
         }
-        make_volumes(&plan.spec)?;
+        for volume in &plan.volumes {
+            self.volumes.make(volume, &volume.place())?;
+        }
+        for part in &plan.sub_paths {
+            volume::mount_part(part, Path::new(&layout::sub_path(id, part.index)))?;
+        }
         let resources = plan
             .spec
             .linux()
             .as_ref()
             .and_then(|linux| linux.resources().as_ref());
+        self.reserve_huge_pages(id, resources)?;
         cgroup::make(id, resources)?;
         let directory = cgroup::directory(id);
         let cgroup =
@@ -276,6 +276,7 @@ impl System for Linux {
     fn remove_container(&self, id: &ContainerId) -> Result<(), Error> {
         cgroup::remove(id)?;
         mount::unmount(Path::new(&layout::rootfs(id)))?;
+        volume::unmount_parts(Path::new(&layout::sub_paths_dir(id)))?;
         for directory in [writable_layer(id), PathBuf::from(layout::container_dir(id))] {
             match fs::remove_dir_all(&directory) {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
@@ -283,6 +284,7 @@ impl System for Linux {
             }
         }
         let taken = self.taken().remove(id).unwrap_or_default();
+        huge_pages::release(&taken.huge_pages)?;
         taken.own_device.as_deref().map_or(Ok(()), disk::unbind)?;
         taken
             .shared

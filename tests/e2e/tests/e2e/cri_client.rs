@@ -154,14 +154,14 @@ impl Kubelet {
     }
 
     pub(crate) fn start(&self, container: &str) {
-        call!(
-            self,
-            start_container,
-            v1::StartContainerRequest {
-                container_id: container.to_owned()
-            }
-        )
-        .unwrap();
+        self.try_start(container).unwrap();
+    }
+
+    pub(crate) fn try_start(&self, container: &str) -> Result<(), tonic::Status> {
+        let request = v1::StartContainerRequest {
+            container_id: container.to_owned(),
+        };
+        call!(self, start_container, request).map(|_| ())
     }
 
     /// Makes and starts a container.

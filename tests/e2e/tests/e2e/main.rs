@@ -17,3 +17,4 @@ mod resources;
 mod software;
 mod streams;
 mod terminal;
+mod volumes;
