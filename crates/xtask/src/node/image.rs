@@ -311,6 +311,8 @@ fn stage_root(modules: &Modules, root: &Path) -> Result<()> {
     ] {
         fs::create_dir_all(root.join(folder)).context("cannot stage the node's root")?;
     }
+    // As on every Debian: containerd names pods' network namespaces by this path, ip(8) by the other.
+    symlink("/run", root.join("var/run")).context("cannot stage the node's root")?;
     for link in ["bin", "sbin", "lib", "lib64"] {
         symlink(format!("usr/{link}"), root.join(link)).context("cannot stage the node's root")?;
     }

@@ -37,21 +37,26 @@ fn payload() -> Vec<u8> {
     words.take(BYTES / 8).flatten().collect()
 }
 
-/// A container of the pod that writes what it gets on [`PORT`] into a file, and ends.
+/// A container of the pod that writes what it gets on [`PORT`] into a file, and ends. Its input stays open: at its end nc
+/// would close its sending half, upon which another nc at the far end stops in the middle of what it has to send.
 fn receiver(kubelet: &Kubelet, pod: &Pod) -> String {
-    let script = format!("nc -l -p {PORT} > /got; sha256sum < /got");
+    let script = format!(
+        "mkfifo /open; exec 3<>/open; nc -l -p {PORT} <&3 > /got; wc -c < /got; sha256sum < /got"
+    );
     kubelet.run(pod, "receiver", &sh(&script))
 }
 
-/// The first word of what the receiver has written about its file.
-fn received(kubelet: &Kubelet, container: &str) -> String {
+/// How many bytes the receiver has got, and their digest.
+fn received(kubelet: &Kubelet, container: &str) -> (usize, String) {
     assert_eq!(kubelet.exit_code(container), 0);
-    let digest = eventually("the digest is in the log", || {
+    let got = eventually("the digest is in the log", || {
         let log = kubelet.log("receiver", 0, "stdout");
-        log.split_whitespace().next().map(str::to_owned)
+        let (len, rest) = log.split_once('\n')?;
+        let digest = rest.split_whitespace().next()?;
+        Some((len.trim().parse().ok()?, digest.to_owned()))
     });
     kubelet.remove(container);
-    digest
+    got
 }
 
 fn digest(bytes: &[u8]) -> String {
@@ -106,7 +111,7 @@ fn bytes_arrive_whole_between_pods_and_the_node() {
     to_pod.set_write_timeout(Some(DEADLINE)).unwrap();
     to_pod.write_all(&payload).unwrap();
     drop(to_pod);
-    assert_eq!(received(&kubelet, &container), digest(&payload));
+    assert_eq!(received(&kubelet, &container), (BYTES, digest(&payload)));
 
     // The pod dials the node.
     let listener = TcpListener::bind((NODE, 0)).unwrap();
@@ -139,7 +144,7 @@ fn bytes_arrive_whole_between_pods_and_the_node() {
         let sent = kubelet.exec(&sender, &sh(&format!("nc {other_ip} {PORT} < /file")));
         (sent.code == 0).then_some(())
     });
-    assert_eq!(received(&kubelet, &container), of_file);
+    assert_eq!(received(&kubelet, &container), (BYTES, of_file));
 }
 
 /// An address of the node, until it is dropped.
