@@ -39,6 +39,14 @@ pub fn memory_volume(name: &str) -> String {
     format!("{RUN_DIR}/volumes/{name}")
 }
 
+/// Where the file system with the host's own directories is mounted, as soon as a container needs one.
+pub const HOST_FOLDERS_DIR: &str = "/run/coffer/host";
+
+/// The directory or file of the host that the pod has under `name`, which is one path component.
+pub fn host_folder(name: &str) -> String {
+    format!("{HOST_FOLDERS_DIR}/{name}")
+}
+
 /// The parts of volumes that a container mounts are mounted below this.
 pub fn sub_paths_dir(id: &ContainerId) -> String {
     format!("{RUN_DIR}/sub_paths/{id}")

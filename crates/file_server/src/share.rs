@@ -5,6 +5,9 @@
 
 use std::fmt;
 use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
 
 use crate::FileServerError;
 
@@ -24,6 +27,33 @@ pub struct Share {
     pub access: Access,
     /// Whether later mounts of the host below it arrive.
     pub propagation: Propagation,
+}
+
+impl Share {
+    /// The directory or file at `path`, as it is now; links are followed.
+    ///
+    /// # Errors
+    /// [`FileServerError::Mount`] if it cannot be opened.
+    pub fn open(
+        name: ShareName,
+        path: &Path,
+        access: Access,
+        propagation: Propagation,
+    ) -> Result<Self, FileServerError> {
+        match rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(source) => Ok(Self {
+                name,
+                source,
+                access,
+                propagation,
+            }),
+            Err(error) => Err(FileServerError::Mount {
+                operation: "open the source",
+                name,
+                source: error.into(),
+            }),
+        }
+    }
 }
 
 /// Whether the guest may write. The host enforces it, by the mount.

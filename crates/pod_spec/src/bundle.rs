@@ -11,7 +11,9 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::config::Guest;
 use crate::error::SpecError;
+use crate::host_folders::HostFolder;
 use crate::host_mounts::HostMounts;
+use crate::mounts;
 use crate::sizing::{Limits, VmSize};
 use crate::translate;
 use crate::volumes::{EmptyDir, LiveVolume, WriteBack};
@@ -63,6 +65,8 @@ pub struct ContainerSpec {
     pub empty_dirs: Vec<EmptyDir>,
     /// The parts of them that it mounts.
     pub sub_paths: Vec<SubPath>,
+    /// The host's own directories that the container mounts, each once.
+    pub host_folders: Vec<HostFolder>,
     /// The root file system on the host, relative to the bundle or absolute: where it is if containerd hands over no
     /// mounts for it.
     pub host_rootfs: PathBuf,
@@ -151,6 +155,11 @@ impl Bundle {
             .find(|namespace| namespace.typ() == LinuxNamespaceType::Network)?;
         let path = network.path().as_deref()?;
         (!path.as_os_str().is_empty()).then_some(path)
+    }
+
+    /// What the container binds of the host: [`Bundle::container`] is to be told which of it are directories.
+    pub fn bind_sources(&self) -> impl Iterator<Item = &std::path::Path> {
+        mounts::bind_sources(self.spec.mounts().as_deref().unwrap_or_default())
     }
 
     /// Whether init has a terminal.

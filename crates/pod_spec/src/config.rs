@@ -23,6 +23,8 @@ pub struct RuntimeConfig {
     pub guest: Guest,
     /// `[vmm]`: the embedded VMM.
     pub vmm: Vmm,
+    /// `[file_server]`: pods' host directories.
+    pub file_server: FileServer,
     /// `[storage]`: images and scratch disks.
     pub storage: Storage,
     /// `[network]`: what pods may reach.
@@ -63,6 +65,13 @@ pub struct Vmm {
     pub path: PathBuf,
     /// `uid`: the user and group that a jailed VMM runs as; it owns nothing on the node.
     pub uid: u32,
+}
+
+/// `[file_server]`: pods' host directories.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FileServer {
+    /// `path`: the `coffer-virtiofsd` program.
+    pub path: PathBuf,
 }
 
 /// `[storage]`: images and scratch disks.
@@ -142,6 +151,9 @@ impl RuntimeConfig {
             vmm: Vmm {
                 path: text.path("vmm.path", "/opt/coffer/bin/coffer-vmm"),
                 uid: text.number("vmm.uid", 64_936, (1, u32::MAX - 1)),
+            },
+            file_server: FileServer {
+                path: text.path("file_server.path", "/opt/coffer/bin/coffer-virtiofsd"),
             },
             storage: Storage {
                 cache_dir: text.path("storage.cache_dir", "/var/lib/coffer"),

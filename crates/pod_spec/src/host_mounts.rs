@@ -4,6 +4,7 @@
 //! The host's mounts, as `/proc/self/mountinfo` lists them (proc_pid_mountinfo(5)). They tell what a kubelet has put at
 //! a path: which medium an emptyDir has, and of which volume a subPath is a part.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
@@ -25,24 +26,44 @@ pub(crate) struct HostMount {
     options: String,
 }
 
-/// The host's mounts, in the order in which they were made: of two at one place, the later one is seen.
+/// The host's mounts, in the order in which they were made: of two at one place, the later one is seen. And what some
+/// paths are.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct HostMounts(Vec<HostMount>);
+pub struct HostMounts {
+    mounts: Vec<HostMount>,
+    directories: BTreeSet<PathBuf>,
+}
 
 impl HostMounts {
     /// The mounts from the text of `/proc/self/mountinfo`. A line that is none is left out.
     pub fn parse(mountinfo: &[u8]) -> Self {
-        Self(
-            mountinfo
+        Self {
+            mounts: mountinfo
                 .split(|byte| *byte == b'\n')
                 .filter_map(parse_line)
                 .collect(),
-        )
+            directories: BTreeSet::new(),
+        }
+    }
+
+    /// The same, with those of the sources of a container's bind mounts ([`crate::Bundle::bind_sources`]) that are
+    /// directories.
+    #[must_use]
+    pub fn with_directories(self, directories: impl IntoIterator<Item = PathBuf>) -> Self {
+        Self {
+            directories: directories.into_iter().collect(),
+            ..self
+        }
+    }
+
+    /// Whether `path` is known to be a directory.
+    pub(crate) fn is_directory(&self, path: &Path) -> bool {
+        self.directories.contains(path)
     }
 
     /// All mounts, the last one first.
     pub(crate) fn latest_first(&self) -> impl Iterator<Item = &HostMount> {
-        self.0.iter().rev()
+        self.mounts.iter().rev()
     }
 
     /// The paths by which what is mounted by `mount` can be reached through other mounts of the same file system.
@@ -154,8 +175,8 @@ mod tests {
     #[test]
     fn mounts_are_read_with_optional_fields_and_escapes() {
         let mounts = HostMounts::parse(MOUNTINFO);
-        assert_eq!(mounts.0.len(), 3);
-        let tmpfs = mounts.0.get(1).unwrap();
+        assert_eq!(mounts.mounts.len(), 3);
+        let tmpfs = mounts.mounts.get(1).unwrap();
         assert_eq!(tmpfs.place, Path::new("/var/lib/my kubelet/x"));
         assert_eq!(tmpfs.fs_type, "tmpfs");
         assert_eq!(tmpfs.bytes("size"), Some(Bytes(64 << 20)));
@@ -165,7 +186,7 @@ mod tests {
     #[test]
     fn bind_mount_is_found_in_the_file_system_that_it_is_of() {
         let mounts = HostMounts::parse(MOUNTINFO);
-        let bind = mounts.0.get(2).unwrap();
+        let bind = mounts.mounts.get(2).unwrap();
         let paths: Vec<PathBuf> = mounts.other_paths(bind).collect();
         assert_eq!(paths, [PathBuf::from("/var/lib/my kubelet/x/sub")]);
     }

@@ -18,6 +18,7 @@ mod bundle;
 mod config;
 mod config_text;
 mod error;
+mod host_folders;
 mod host_mounts;
 mod mounts;
 mod shell;
@@ -28,10 +29,11 @@ mod volumes;
 
 pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role, SubPath};
 pub use config::{
-    Debug, Guest, Log, LogLevel, MetadataService, Network, RuntimeConfig, Storage, Vmm,
+    Debug, FileServer, Guest, Log, LogLevel, MetadataService, Network, RuntimeConfig, Storage, Vmm,
 };
 pub use config_text::{ConfigError, ConfigMistake};
 pub use error::SpecError;
+pub use host_folders::{FolderAccess, FolderPropagation, HostFolder};
 pub use host_mounts::HostMounts;
 pub use shell::shell_spec;
 pub use sizing::VmSize;

@@ -3,7 +3,7 @@
 
 //! The mounts of a container: which the guest makes by itself, which are copies of host files, and which are refused.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use agent_proto::layout;
 use ids::ContainerId;
@@ -11,6 +11,7 @@ use oci_spec::runtime::Mount;
 
 use crate::bundle::{HostCopy, SubPath};
 use crate::error::SpecError;
+use crate::host_folders::HostFolder;
 use crate::host_mounts::HostMounts;
 use crate::volumes::{self, EmptyDir, LiveVolume, Medium, VolumeKind, WriteBack};
 
@@ -22,6 +23,9 @@ const GUEST_FILE_SYSTEMS: [&str; 7] = [
     "proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2",
 ];
 
+/// The most directories of the host that one container may mount.
+const MAX_HOST_FOLDERS: usize = 64;
+
 /// The most parts of emptyDirs that one container may mount.
 const MAX_SUB_PATHS: usize = 64;
 
@@ -32,6 +36,7 @@ pub(crate) struct Needs {
     pub(crate) live: Vec<LiveVolume>,
     pub(crate) empty_dirs: Vec<EmptyDir>,
     pub(crate) sub_paths: Vec<SubPath>,
+    pub(crate) host_folders: Vec<HostFolder>,
 }
 
 /// The mounts for the guest, and what they need.
@@ -85,10 +90,11 @@ fn one(
         VolumeKind::Live(volume) => Ok(live(volume, &mut needs.live)),
         VolumeKind::Copied => copy(id, source, None, &mut needs.copies),
         VolumeKind::WrittenBack(back) => copy(id, source, Some(back), &mut needs.copies),
-        VolumeKind::SharedDirectory => Err(format!(
-            "{} is a directory of the host, which a pod cannot share yet: mount it read-only, or use an emptyDir",
-            source.display()
-        )),
+        VolumeKind::Shared => {
+            let options = mount.options().as_deref().unwrap_or_default();
+            HostFolder::new(&source, options)
+                .and_then(|folder| share(folder, &mut needs.host_folders))
+        }
     };
     let guest_source = guest_source.map_err(|reason| SpecError::unsupported(field(), reason))?;
     mount.set_source(Some(guest_source.into()));
@@ -154,6 +160,29 @@ fn live(volume: LiveVolume, volumes: &mut Vec<LiveVolume>) -> String {
     place
 }
 
+/// The place of a directory of the host's; a container may mount one at several places.
+fn share(folder: HostFolder, folders: &mut Vec<HostFolder>) -> Result<String, String> {
+    let place = layout::host_folder(&folder.name);
+    if folders.contains(&folder) {
+        return Ok(place);
+    }
+    if folders.len() >= MAX_HOST_FOLDERS {
+        return Err(format!(
+            "more than {MAX_HOST_FOLDERS} directories of the host: use fewer volumes"
+        ));
+    }
+    folders.push(folder);
+    Ok(place)
+}
+
+/// The sources of `mounts` that are bound.
+pub(crate) fn bind_sources(mounts: &[Mount]) -> impl Iterator<Item = &Path> {
+    mounts
+        .iter()
+        .filter(|mount| is_bind(mount))
+        .filter_map(|mount| mount.source().as_deref())
+}
+
 fn next_index<T>(list: &[T], max: usize) -> Option<u32> {
     (list.len() < max).then(|| u32::try_from(list.len()).ok())?
 }
@@ -178,7 +207,6 @@ fn has_option(mount: &Mount, wanted: impl Fn(&str) -> bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     fn mount(json: &str) -> Mount {
         serde_json::from_str(json).unwrap()
@@ -234,13 +262,39 @@ mod tests {
     }
 
     #[test]
-    fn writable_host_folder_is_refused_by_name() {
+    fn writable_host_folder_is_shared_once_however_often_it_is_mounted() {
         let json = r#"{"destination":"/data","type":"bind","source":"/srv/data","options":["rbind","rw"]}"#;
+        let host = HostMounts::default();
+        let id = "c1".parse().unwrap();
+        let (mounts, needs) = translate(&id, vec![mount(json); 2], &host).unwrap();
+        let [folder] = needs.host_folders.as_slice() else {
+            panic!("one is shared: {needs:?}");
+        };
+        assert_eq!(folder.source, Path::new("/srv/data"));
+        for mount in mounts {
+            let source = mount.source().clone().unwrap();
+            assert_eq!(source, Path::new("/run/coffer/host").join(&folder.name));
+        }
+    }
+
+    #[test]
+    fn one_host_folder_past_the_cap_is_refused() {
+        let json = r#"{"destination":"/data","type":"bind","source":"/srv/N","options":["rbind"]}"#;
+        let host = HostMounts::default();
+        let many = |count: usize| {
+            let mounts = (0..count).map(|number| mount(&json.replace('N', &number.to_string())));
+            translate(&"c1".parse().unwrap(), mounts.collect(), &host)
+        };
+        assert!(many(MAX_HOST_FOLDERS).is_ok());
+        let error = many(MAX_HOST_FOLDERS + 1).unwrap_err().to_string();
+        assert!(error.starts_with("mounts[/data]: more than"), "{error}");
+    }
+
+    #[test]
+    fn propagation_to_the_host_is_refused_by_name() {
+        let json = r#"{"destination":"/data","type":"bind","source":"/srv/data","options":["rbind","rshared"]}"#;
         let error = translate_one(json).unwrap_err().to_string();
-        assert!(
-            error.starts_with("mounts[/data]: /srv/data is a directory of the host"),
-            "{error}"
-        );
+        assert!(error.contains("HostToContainer"), "{error}");
     }
 
     #[test]

@@ -66,6 +66,7 @@ pub(crate) fn container(
         live: needs.live,
         empty_dirs: needs.empty_dirs,
         sub_paths: needs.sub_paths,
+        host_folders: needs.host_folders,
         host_rootfs,
     })
 }

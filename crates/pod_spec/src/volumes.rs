@@ -12,6 +12,8 @@
 //! | `pods/<uid>/volume-subpaths/<volume>/<container>/<n>` | a bind mount of a part of a volume |
 //! | `pods/<uid>/containers/<container>/<file>` | where the container leaves its termination message |
 //! | `pods/<uid>/etc-hosts` | the pod's `/etc/hosts` |
+//!
+//! What is elsewhere is copied if it is a read-only file, and otherwise shared.
 
 use std::path::{Path, PathBuf};
 
@@ -37,8 +39,8 @@ pub enum VolumeKind {
     Copied,
     /// A file of the kubelet's that the container may write: copied, and written back when the container ends.
     WrittenBack(WriteBack),
-    /// A directory that must be the host's own.
-    SharedDirectory,
+    /// A directory, or a writable file, that must be the host's own.
+    Shared,
 }
 
 /// An emptyDir of the pod.
@@ -127,10 +129,11 @@ pub fn classify(
     if destination == Path::new(SHARED_MEMORY) {
         return VolumeKind::SharedMemory;
     }
-    if read_only || CRI_FILES.iter().any(|file| destination == Path::new(file)) {
+    let small = read_only && !host.is_directory(source);
+    if small || CRI_FILES.iter().any(|file| destination == Path::new(file)) {
         return VolumeKind::Copied;
     }
-    VolumeKind::SharedDirectory
+    VolumeKind::Shared
 }
 
 /// What of a kubelet's `source` is, or is a part of.
@@ -350,7 +353,7 @@ mod tests {
         for number in ["pv/main/2", "pv/main/9"] {
             assert_eq!(
                 kind("/x", &of(number), false),
-                VolumeKind::SharedDirectory,
+                VolumeKind::Shared,
                 "{number}"
             );
         }
@@ -397,25 +400,35 @@ mod tests {
     }
 
     #[test]
+    fn read_only_directory_is_the_hosts_own_unless_the_kubelet_writes_it() {
+        let config = "/k/pods/u1/volumes/kubernetes.io~configmap/cfg";
+        let host = HostMounts::default().with_directories(["/srv/data", config].map(Into::into));
+        let kind = |source: &str| classify(Path::new("/x"), Path::new(source), true, &host);
+        assert_eq!(kind("/srv/data"), VolumeKind::Shared);
+        assert_eq!(kind("/srv/file"), VolumeKind::Copied);
+        assert!(matches!(kind(config), VolumeKind::Live(_)));
+    }
+
+    #[test]
     fn what_is_no_kubelets_is_copied_if_read_only_and_the_hosts_own_if_not() {
         for (destination, source, read_only, expected) in [
             ("/dev/shm", "/run/x/shm", false, VolumeKind::SharedMemory),
             ("/etc/hosts", "/s/hosts", false, VolumeKind::Copied),
             ("/x", "/srv", true, VolumeKind::Copied),
-            ("/x", "/srv", false, VolumeKind::SharedDirectory),
+            ("/x", "/srv", false, VolumeKind::Shared),
             (
                 "/x",
                 "/k/pods/u/volumes/kubernetes.io~csi/v/mount",
                 false,
-                VolumeKind::SharedDirectory,
+                VolumeKind::Shared,
             ),
             (
                 "/x",
                 "/k/pods/u/volumes/kubernetes.io~empty-dir/../../../etc",
                 false,
-                VolumeKind::SharedDirectory,
+                VolumeKind::Shared,
             ),
-            ("/x", "relative", false, VolumeKind::SharedDirectory),
+            ("/x", "relative", false, VolumeKind::Shared),
         ] {
             assert_eq!(
                 kind(destination, source, read_only),

@@ -15,14 +15,18 @@ use crate::error::StorageError;
 
 const MOUNTINFO: &str = "/proc/self/mountinfo";
 
-/// The mounts that this process sees.
+/// The mounts that this process sees, and which of `sources` are directories. One that is not there is none: who needs
+/// it will say so.
 ///
 /// # Errors
 /// [`StorageError::Io`] if the kernel does not tell.
-pub fn host_mounts() -> Result<HostMounts, StorageError> {
+pub fn host_mounts<'a>(
+    sources: impl Iterator<Item = &'a Path>,
+) -> Result<HostMounts, StorageError> {
     let path = Path::new(MOUNTINFO);
     let text = fs::read(path).map_err(StorageError::io("read", path))?;
-    Ok(HostMounts::parse(&text))
+    let directories = sources.filter(|source| source.is_dir());
+    Ok(HostMounts::parse(&text).with_directories(directories.map(Path::to_owned)))
 }
 
 /// The emptyDirs for the guest.
@@ -134,6 +138,7 @@ mod tests {
 
     #[test]
     fn own_mounts_are_read() {
-        assert_ne!(host_mounts().unwrap(), HostMounts::default());
+        let none = std::iter::empty();
+        assert_ne!(host_mounts(none).unwrap(), HostMounts::default());
     }
 }

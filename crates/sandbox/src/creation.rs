@@ -91,10 +91,16 @@ impl Creation {
                 live,
                 volumes,
                 sub_paths,
+                host_folders,
             } = container;
             for volume in live {
                 guest.live.put(volume).await?;
             }
+            let host_folders = if host_folders.is_empty() {
+                None
+            } else {
+                Some(guest.folders.share(host_folders).await?)
+            };
             let rootfs = attach_rootfs(&guest, rootfs, shares).await?;
             let host = plan.1;
             let request = api::CreateContainerRequest {
@@ -106,6 +112,7 @@ impl Creation {
                 copied_mounts,
                 volumes,
                 sub_paths,
+                host_folders: host_folders.into(),
                 ..Default::default()
             };
             Ok((request, host, written_back))

@@ -76,6 +76,7 @@ pub(crate) async fn answer(shared: Arc<Shared>, mut own: Value, reply: Reply<Val
                 "agent": described(agent),
                 "calls_pending": calls,
                 "live_volumes": guest.live.dump(),
+                "host_folders": guest.folders.dump(),
             })
         }
     };

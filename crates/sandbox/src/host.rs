@@ -7,7 +7,7 @@ use std::any::Any;
 
 use agent_proto::api;
 use hypervisor::{Disk, VmSpec};
-use pod_spec::LiveVolume;
+use pod_spec::{HostFolder, LiveVolume};
 use pod_storage::WrittenBack;
 
 use crate::error::SandboxError;
@@ -74,6 +74,8 @@ pub struct GuestContainer {
     pub volumes: Vec<api::Volume>,
     /// Parts of them that the container mounts.
     pub sub_paths: Vec<api::SubPath>,
+    /// The host's own directories that it mounts.
+    pub host_folders: Vec<HostFolder>,
 }
 
 /// The root file system of a container in the guest.

@@ -27,6 +27,7 @@ mod error;
 mod event;
 mod handle;
 mod host;
+mod host_folders;
 mod input;
 mod live;
 mod owner;

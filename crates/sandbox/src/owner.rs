@@ -7,6 +7,7 @@
 //! `Wait` are answered promptly whatever the guest does.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -39,6 +40,8 @@ pub struct SandboxOptions {
     pub events: Arc<dyn EventSink>,
     /// How long to wait for the guest.
     pub deadlines: Deadlines,
+    /// The program of the file server, which is started when a container mounts the host's own directories.
+    pub file_server: PathBuf,
 }
 
 /// How long a sandbox waits for its guest.
@@ -74,6 +77,7 @@ pub(crate) struct Shared {
     pub(crate) driver: Arc<dyn Driver>,
     pub(crate) host: Arc<dyn Host>,
     pub(crate) deadlines: Deadlines,
+    pub(crate) file_server: PathBuf,
     pub(crate) vm: watch::Sender<VmState>,
     /// The sandbox is to end.
     pub(crate) ending: watch::Sender<bool>,
@@ -115,6 +119,7 @@ pub fn spawn(options: SandboxOptions) -> SandboxHandle {
         driver: options.driver,
         host: options.host,
         deadlines: options.deadlines,
+        file_server: options.file_server,
         vm: watch::Sender::new(VmState::Starting),
         ending: watch::Sender::new(false),
         inputs: inputs.clone(),

@@ -25,6 +25,7 @@ use crate::convert;
 use crate::disks::Disks;
 use crate::error::{SandboxError, SandboxErrorKind};
 use crate::host::PodPlan;
+use crate::host_folders::HostFolders;
 use crate::input::Input;
 use crate::live::LiveVolumes;
 use crate::owner::Shared;
@@ -63,6 +64,7 @@ pub(crate) struct Guest {
     pub(crate) disks: Disks,
     pub(crate) size: VmSize,
     pub(crate) live: LiveVolumes,
+    pub(crate) folders: HostFolders,
 }
 
 impl Failure {
@@ -129,6 +131,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         Ok(guest) => {
             shared.vm.send_replace(VmState::Ready(Arc::clone(&guest)));
             let exit = until_the_end(&shared, &guest).await;
+            guest.folders.end().await;
             let tail = guest.vm.console_tail().await;
             let id = shared.id.as_str();
             match exit {
@@ -139,9 +142,13 @@ pub(crate) async fn run(shared: Arc<Shared>) {
                     tracing::error!(sandbox_id = id, %exit, console = last_lines(&tail), "the VM died");
                 }
             }
+            let mut report = format!("the sandbox's VM has ended: {exit}");
+            if let Some(server) = guest.folders.exit() {
+                report.push_str(&format!("; {server}"));
+            }
             Failure {
                 kind: SandboxErrorKind::Unavailable,
-                report: format!("the sandbox's VM has ended: {exit}"),
+                report,
             }
         }
         Err(error) => {
@@ -249,6 +256,7 @@ async fn boot(
         agent,
         disks: Disks::new(Arc::clone(vm)),
         size,
+        folders: HostFolders::new(shared.file_server.clone(), Arc::clone(vm)),
     }))
 }
 
@@ -304,6 +312,13 @@ async fn until_the_end(shared: &Shared, guest: &Guest) -> VmExit {
             // What the guest had told before it ended is still in the connection.
             drop(timeout(LAST_EVENTS, events).await);
             exit
+        }
+        () = guest.folders.lost() => {
+            // The VMM sees it too, and says so. A guest does not recover from it.
+            match timeout(shared.deadlines.shutdown, guest.vm.wait()).await {
+                Ok(exit) => exit,
+                Err(_) => guest.vm.kill().await,
+            }
         }
         error = &mut events => {
             // A connection that breaks is mostly the first sign of the VM's end, which says more.

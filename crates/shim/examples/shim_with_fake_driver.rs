@@ -62,6 +62,7 @@ impl Host for FakeHost {
                 written_back: Vec::new(),
                 volumes: Vec::new(),
                 sub_paths: Vec::new(),
+                host_folders: Vec::new(),
             })),
         };
         Ok(ContainerPlan {

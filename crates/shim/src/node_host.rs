@@ -88,6 +88,7 @@ impl NodeHost {
             copied_mounts: store.copy_files(&spec.copies).map_err(storage_error)?,
             volumes: pod_storage::empty_dirs(&spec.empty_dirs).map_err(storage_error)?,
             sub_paths: pod_storage::sub_paths(&spec.sub_paths).map_err(storage_error)?,
+            host_folders: spec.host_folders,
         })
     }
 
@@ -111,6 +112,7 @@ impl NodeHost {
             live: Vec::new(),
             volumes: Vec::new(),
             sub_paths: Vec::new(),
+            host_folders: Vec::new(),
         })
     }
 }
@@ -188,7 +190,8 @@ impl Host for NodeHost {
         let kind = match bundle.role() {
             Role::Sandbox => ContainerKind::Sandbox,
             Role::Member(_) | Role::Standalone => {
-                let mounts = pod_storage::host_mounts().map_err(storage_error)?;
+                let mounts =
+                    pod_storage::host_mounts(bundle.bind_sources()).map_err(storage_error)?;
                 let spec = bundle
                     .container(&task.container, &mounts)
                     .map_err(spec_error)?;

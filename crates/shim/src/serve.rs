@@ -192,6 +192,7 @@ impl Shim<'_> {
                 operator: self.operator.clone(),
             }),
             deadlines: parts.deadlines,
+            file_server: self.config.file_server.path.clone(),
         });
         let mut server = Server::new()
             .add_listener(Listener::try_from(listener).map_err(server_error)?)

@@ -26,5 +26,6 @@ pub use service::Service;
 pub use system::{Cgroups, FileEnd, Files, Gate, Job, Launched, System};
 pub use table::{Consequences, Exit, ProcessIo, ProcessTable};
 pub use volume_plan::{
-    MAX_VOLUME_NAME_LEN, MAX_VOLUMES, MediumPlan, OwnerPlan, PutPlan, SubPathPlan, VolumePlan,
+    HostFoldersPlan, MAX_VOLUME_NAME_LEN, MAX_VOLUMES, MediumPlan, OwnerPlan, PutPlan, SubPathPlan,
+    VolumePlan,
 };

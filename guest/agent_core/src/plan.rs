@@ -13,7 +13,7 @@ use oci_spec::runtime::{Process, Spec};
 
 use crate::Error;
 use crate::network::NetworkPlan;
-use crate::volume_plan::{self, SubPathPlan, VolumePlan};
+use crate::volume_plan::{self, HostFoldersPlan, SubPathPlan, VolumePlan};
 
 /// The most layers under one overlay (`OVL_MAX_STACK` of the kernel).
 pub const MAX_LAYERS: usize = 500;
@@ -128,6 +128,8 @@ pub struct ContainerPlan {
     pub volumes: Vec<VolumePlan>,
     /// The parts of them that it mounts.
     pub sub_paths: Vec<SubPathPlan>,
+    /// The host's own directories that it mounts.
+    pub host_folders: Option<HostFoldersPlan>,
 }
 
 /// A further process to make.
@@ -230,17 +232,6 @@ impl DiskPlan {
                     format!("{:?} is not one of erofs, ext4, xfs", disk.fs_type),
                 )
             })?;
-        let device = disk.bind_device;
-        if !device
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
-            || device.starts_with('.')
-        {
-            return Err(Error::bad(
-                "disk.bind_device",
-                format!("{device:?} is no device's name"),
-            ));
-        }
         if let Some(long) = disk
             .mount_options
             .iter()
@@ -253,7 +244,7 @@ impl DiskPlan {
         }
         Ok(Self {
             serial,
-            bind_device: Some(device).filter(|device| !device.is_empty()),
+            bind_device: device_name("disk.bind_device", disk.bind_device)?,
             fs_type,
             options: disk.mount_options,
         })
@@ -341,6 +332,7 @@ impl ContainerPlan {
             })
             .collect::<Result<_, Error>>()?;
         let (volumes, sub_paths) = volume_plan::parse_all(request.volumes, request.sub_paths)?;
+        let host_folders = request.host_folders.into_option();
         Ok(Self {
             key: ProcessKey {
                 container,
@@ -353,6 +345,7 @@ impl ContainerPlan {
             copied,
             volumes,
             sub_paths,
+            host_folders: host_folders.map(HostFoldersPlan::parse).transpose()?,
         })
     }
 }
@@ -387,6 +380,18 @@ fn same_terminal(process: Option<&Process>, stdio: StdioPlan) -> Result<(), Erro
         "stdio.terminal",
         format!("is {}, but process.terminal is {wants}", stdio.terminal),
     ))
+}
+
+/// The name of a platform device, or none.
+///
+/// # Errors
+/// [`Error::BadRequest`].
+pub(crate) fn device_name(field: &str, name: String) -> Result<Option<String>, Error> {
+    let known = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    if !name.bytes().all(known) || name.starts_with('.') {
+        return Err(Error::bad(field, format!("{name:?} is no device's name")));
+    }
+    Ok(Some(name).filter(|name| !name.is_empty()))
 }
 
 /// A relative path of plain components, or an empty one.

@@ -8,10 +8,13 @@ use std::path::PathBuf;
 use agent_proto::{api, layout};
 
 use crate::Error;
-use crate::plan::{CopiedFile, copied_file, plain_path};
+use crate::plan::{CopiedFile, copied_file, device_name, plain_path};
 
 /// The most volumes, and the most parts of volumes, that one container may mount.
 pub const MAX_VOLUMES: usize = 256;
+
+/// The longest tag of a file system (virtio v1.3 §5.11.4).
+const MAX_TAG_LEN: usize = 36;
 
 /// The longest name of a volume (`NAME_MAX`).
 pub const MAX_VOLUME_NAME_LEN: usize = 255;
@@ -62,6 +65,17 @@ pub struct SubPathPlan {
     pub owner: OwnerPlan,
 }
 
+/// The host's own directories that a container mounts, all in one file system of the pod's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostFoldersPlan {
+    /// By which the guest finds the file system.
+    pub tag: String,
+    /// The platform device to bind first, if any.
+    pub bind_device: Option<String>,
+    /// The directories' names, one path component each.
+    pub names: Vec<String>,
+}
+
 /// One part of what a volume is to hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PutPlan {
@@ -86,6 +100,35 @@ impl PutPlan {
             part: request.part,
             last: request.last,
             entries: entries.collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+impl HostFoldersPlan {
+    /// # Errors
+    /// [`Error::BadRequest`].
+    pub fn parse(folders: api::HostFolders) -> Result<Self, Error> {
+        let tag = folders.tag;
+        if !(1..=MAX_TAG_LEN).contains(&tag.len()) || tag.contains('\0') {
+            return Err(Error::bad(
+                "host_folders.tag",
+                format!("{tag:?} is no tag of 1 to {MAX_TAG_LEN} bytes"),
+            ));
+        }
+        let len = folders.names.len();
+        if len > MAX_VOLUMES {
+            return Err(Error::bad(
+                "host_folders.names",
+                format!("are {len}, at most {MAX_VOLUMES} are allowed"),
+            ));
+        }
+        for name in &folders.names {
+            check_name("host_folders.names", name)?;
+        }
+        Ok(Self {
+            tag,
+            bind_device: device_name("host_folders.bind_device", folders.bind_device)?,
+            names: folders.names,
         })
     }
 }
@@ -231,6 +274,33 @@ mod tests {
             VolumePlan::parse(volume(name)).unwrap_err();
         }
         VolumePlan::parse(volume(&"x".repeat(255))).unwrap();
+    }
+
+    #[test]
+    fn host_folders_are_single_names_in_one_file_system() {
+        let parse = |tag: &str, device: &str, names: &[&str]| {
+            HostFoldersPlan::parse(api::HostFolders {
+                tag: tag.to_owned(),
+                bind_device: device.to_owned(),
+                names: names.iter().map(|name| (*name).to_owned()).collect(),
+                ..Default::default()
+            })
+        };
+        parse("host", "virtio-mmio.30", &["rw-1", "ro-2"]).unwrap();
+        assert_eq!(parse("host", "", &[]).unwrap().bind_device, None);
+        parse(&"x".repeat(MAX_TAG_LEN), "", &["a"; MAX_VOLUMES]).unwrap();
+        parse(&"x".repeat(MAX_TAG_LEN + 1), "", &[]).unwrap_err();
+        parse("host", "", &["a"; MAX_VOLUMES + 1]).unwrap_err();
+        for (tag, device, name) in [
+            ("", "", "a"),
+            ("a\0", "", "a"),
+            ("host", "../x", "a"),
+            ("host", "", ".."),
+            ("host", "", "a/b"),
+            ("host", "", ""),
+        ] {
+            parse(tag, device, &[name]).unwrap_err();
+        }
     }
 
     #[test]

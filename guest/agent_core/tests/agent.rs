@@ -166,6 +166,7 @@ fn plan(id: &str) -> ContainerPlan {
         copied: Vec::new(),
         volumes: Vec::new(),
         sub_paths: Vec::new(),
+        host_folders: None,
     }
 }
 

@@ -97,6 +97,13 @@ pub(crate) fn node(config: &Path) -> Vec<CheckResult> {
             ),
         ),
         check(
+            "file server",
+            artifacts::program(
+                &config.file_server.path,
+                "install Coffer's binaries, or set file_server.path",
+            ),
+        ),
+        check(
             "mkfs.erofs",
             artifacts::program(
                 &config.storage.mkfs_erofs,

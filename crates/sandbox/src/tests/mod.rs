@@ -5,6 +5,7 @@
 
 mod boots;
 mod changes;
+mod host_folders;
 mod live;
 mod lives;
 mod phases;

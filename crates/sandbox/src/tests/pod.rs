@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use agent_proto::api;
 use driver_fake::{FakeDriver, FakeVm, Script, fake_spec};
 use hypervisor::{Disk, DiskAccess};
-use pod_spec::{HostCopy, LiveVolume, WriteBack};
+use pod_spec::{HostCopy, HostFolder, LiveVolume, WriteBack};
 use pod_storage::WrittenBack;
 use tempfile::TempDir;
 use tokio::sync::watch;
@@ -58,7 +58,11 @@ pub(super) enum Known {
     Writer(Vec<&'static str>, PathBuf, WriteBack),
     /// A container that sleeps, and volumes that are kept current.
     Reader(Vec<LiveVolume>),
+    Sharer(Vec<HostFolder>),
 }
+
+/// A file server that is not there.
+pub(super) const FILE_SERVER: &str = "/nowhere/coffer-virtiofsd";
 
 pub(super) struct FakeHost {
     known: Mutex<BTreeMap<String, Known>>,
@@ -104,6 +108,10 @@ impl Host for FakeHost {
                 live,
                 ..container(&["sleep"], vec!["layer"])
             }),
+            Some(Known::Sharer(host_folders)) => guest(GuestContainer {
+                host_folders,
+                ..container(&["sleep"], vec!["layer"])
+            }),
             Some(Known::Writer(args, source, back)) => {
                 let copy = HostCopy {
                     index: 0,
@@ -136,6 +144,7 @@ fn container(args: &[&str], serials: Vec<&str>) -> GuestContainer {
         written_back: Vec::new(),
         volumes: Vec::new(),
         sub_paths: Vec::new(),
+        host_folders: Vec::new(),
     }
 }
 
@@ -182,6 +191,7 @@ impl Pod {
             host: Arc::<FakeHost>::clone(&host),
             events: Arc::new(told.clone()),
             deadlines: Deadlines::default(),
+            file_server: FILE_SERVER.into(),
         });
         Self {
             script: script.clone(),

@@ -8,7 +8,7 @@ mod cgroup;
 mod copied;
 mod device_program;
 mod disk;
-pub mod host_folders;
+mod host_folders;
 mod huge_pages;
 mod mount;
 pub mod network;
@@ -49,6 +49,7 @@ pub struct Linux {
     /// What each container has taken of the disks.
     taken: Mutex<HashMap<ContainerId, Taken>>,
     volumes: volume::Volumes,
+    host_folders: host_folders::HostFolders,
     puts: put::Puts,
     memory: MemoryWatch,
 }
@@ -67,6 +68,7 @@ impl Linux {
             disks: disk::Disks::default(),
             taken: Mutex::default(),
             volumes: volume::Volumes::default(),
+            host_folders: host_folders::HostFolders::default(),
             puts: put::Puts::default(),
             memory,
         }
@@ -211,6 +213,9 @@ impl System for Linux {
         }
         for part in &plan.sub_paths {
             volume::mount_part(part, Path::new(&layout::sub_path(id, part.index)))?;
+        }
+        if let Some(folders) = &plan.host_folders {
+            self.host_folders.make(folders)?;
         }
         let resources = plan
             .spec

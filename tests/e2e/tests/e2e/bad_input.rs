@@ -173,10 +173,13 @@ fn resource_that_cannot_be_applied_is_refused_by_name() {
     assert_says(&error, &["linux.devices", "/dev/vda"]);
     let error = refused_with(
         "host-folder",
-        &["--mount", "type=bind,src=/root,dst=/data,options=rbind:rw"],
+        &[
+            "--mount",
+            "type=bind,src=/root,dst=/data,options=rbind:rw:rshared",
+        ],
         &["true"],
     );
-    assert_says(&error, &["mounts[/data]"]);
+    assert_says(&error, &["mounts[/data]", "HostToContainer"]);
 }
 
 #[test]

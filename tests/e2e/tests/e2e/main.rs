@@ -10,6 +10,7 @@ mod cofferctl;
 mod cri;
 mod cri_client;
 mod faults;
+mod host_folders;
 mod isolation;
 mod lifecycle;
 mod network;
