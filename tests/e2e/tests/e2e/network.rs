@@ -39,18 +39,18 @@ fn payload() -> Vec<u8> {
 
 /// A container of the pod that writes what it gets on [`PORT`] into a file, and ends. Its input stays open: at its end nc
 /// would close its sending half, upon which another nc at the far end stops in the middle of what it has to send.
-fn receiver(kubelet: &Kubelet, pod: &Pod) -> String {
+fn receiver(kubelet: &Kubelet, pod: &Pod, name: &str) -> String {
     let script = format!(
         "mkfifo /open; exec 3<>/open; nc -l -p {PORT} <&3 > /got; wc -c < /got; sha256sum < /got"
     );
-    kubelet.run(pod, "receiver", &sh(&script))
+    kubelet.run(pod, name, &sh(&script))
 }
 
-/// How many bytes the receiver has got, and their digest.
-fn received(kubelet: &Kubelet, container: &str) -> (usize, String) {
+/// How many bytes the receiver `name` has got, and their digest.
+fn received(kubelet: &Kubelet, container: &str, name: &str) -> (usize, String) {
     assert_eq!(kubelet.exit_code(container), 0);
     let got = eventually("the digest is in the log", || {
-        let log = kubelet.log("receiver", 0, "stdout");
+        let log = kubelet.log(name, 0, "stdout");
         let (len, rest) = log.split_once('\n')?;
         let digest = rest.split_whitespace().next()?;
         Some((len.trim().parse().ok()?, digest.to_owned()))
@@ -104,14 +104,15 @@ fn bytes_arrive_whole_between_pods_and_the_node() {
     let payload = payload();
 
     // As a kubelet's probe: the node dials the pod.
-    let container = receiver(&kubelet, &pod);
+    let container = receiver(&kubelet, &pod, "from-node");
     let mut to_pod = eventually("the pod listens", || {
         TcpStream::connect((pod_ip.as_str(), PORT)).ok()
     });
     to_pod.set_write_timeout(Some(DEADLINE)).unwrap();
     to_pod.write_all(&payload).unwrap();
     drop(to_pod);
-    assert_eq!(received(&kubelet, &container), (BYTES, digest(&payload)));
+    let got = received(&kubelet, &container, "from-node");
+    assert_eq!(got, (BYTES, digest(&payload)));
 
     // The pod dials the node.
     let listener = TcpListener::bind((NODE, 0)).unwrap();
@@ -139,12 +140,13 @@ fn bytes_arrive_whole_between_pods_and_the_node() {
     // And another pod.
     let other = kubelet.run_pod("bytes-other");
     let other_ip = kubelet.pod_ip(&other);
-    let container = receiver(&kubelet, &other);
+    let container = receiver(&kubelet, &other, "from-pod");
     eventually("the other pod listens", || {
         let sent = kubelet.exec(&sender, &sh(&format!("nc {other_ip} {PORT} < /file")));
         (sent.code == 0).then_some(())
     });
-    assert_eq!(received(&kubelet, &container), (BYTES, of_file));
+    let got = received(&kubelet, &container, "from-pod");
+    assert_eq!(got, (BYTES, of_file));
 }
 
 /// An address of the node, until it is dropped.
