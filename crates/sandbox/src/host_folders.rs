@@ -9,12 +9,13 @@
 //! A directory stays as long as the pod; its containers may be made again. The server is gone when the VM's end is told.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use agent_proto::api;
 use file_server::{Access, FileServer, FileServerError, Propagation, ServerExit, Share, ShareName};
 use hypervisor::{FileSystem, RunningVm};
+use ids::SandboxId;
 use pod_spec::{FolderAccess, FolderPropagation, HostFolder};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -33,8 +34,14 @@ pub(crate) struct HostFolders {
     shown: Arc<Mutex<Shown>>,
 }
 
-/// Each name and what is behind it, for people.
-type Shown = BTreeMap<String, PathBuf>;
+/// What there is, for people.
+#[derive(Default)]
+struct Shown {
+    /// The process id of the server, while it runs.
+    server: Option<u32>,
+    /// Each name and what is behind it.
+    folders: BTreeMap<String, PathBuf>,
+}
 
 enum Wish {
     Share(
@@ -45,6 +52,7 @@ enum Wish {
 }
 
 struct Task {
+    sandbox: SandboxId,
     program: PathBuf,
     vm: Arc<dyn RunningVm>,
     running: Option<Running>,
@@ -65,11 +73,12 @@ fn gone() -> SandboxError {
 
 impl HostFolders {
     /// None yet, for `vm`; `program` is the file server's.
-    pub(crate) fn new(program: PathBuf, vm: Arc<dyn RunningVm>) -> Self {
+    pub(crate) fn new(sandbox: SandboxId, program: PathBuf, vm: Arc<dyn RunningVm>) -> Self {
         let (wishes, received) = mpsc::unbounded_channel();
         let (lost, lost_receiver) = watch::channel(None);
         let shown = Arc::<Mutex<Shown>>::default();
         let task = Task {
+            sandbox,
             program,
             vm,
             running: None,
@@ -119,10 +128,10 @@ impl HostFolders {
         }
     }
 
-    /// Each directory and its name, for people.
+    /// The server's process and each directory with its name, for people.
     pub(crate) fn dump(&self) -> serde_json::Value {
         let shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        serde_json::json!(*shown)
+        serde_json::json!({ "server": shown.server, "folders": shown.folders })
     }
 }
 
@@ -133,8 +142,9 @@ impl Task {
                 // First what has happened: what ends a server also ends its VM, which has the server ended.
                 biased;
                 exit = ended(self.running.as_ref()) => {
-                    tracing::error!(%exit, "the file server is lost");
+                    tracing::error!(sandbox_id = self.sandbox.as_str(), %exit, "the file server is lost");
                     self.running = None;
+                    self.shown().server = None;
                     self.lost.send_replace(Some(exit));
                 }
                 wish = wishes.recv() => match wish {
@@ -143,6 +153,7 @@ impl Task {
                     Some(Wish::End(reply)) => {
                         if let Some(running) = self.running.take() {
                             running.server.kill().await;
+                            self.shown().server = None;
                         }
                         let _gone = reply.send(());
                         return;
@@ -153,28 +164,35 @@ impl Task {
         }
     }
 
+    fn shown(&self) -> MutexGuard<'_, Shown> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn share(&mut self, folders: Vec<HostFolder>) -> Result<api::HostFolders, SandboxError> {
         if let Some(exit) = &*self.lost.borrow() {
             let kind = SandboxErrorKind::Unavailable;
             return Err(SandboxError::new(kind, exit.to_string()));
         }
-        let running = match &mut self.running {
-            Some(running) => running,
-            none => none.insert(start(&self.program, &*self.vm).await?),
-        };
+        if self.running.is_none() {
+            let running = start(&self.program, &*self.vm).await?;
+            self.shown().server = Some(running.server.pid());
+            self.running = Some(running);
+        }
+        let running = self.running.as_ref().ok_or_else(gone)?;
         let mut names = Vec::with_capacity(folders.len());
         for folder in folders {
-            let shown = || self.shown.lock().unwrap_or_else(PoisonError::into_inner);
             names.push(folder.name.clone());
-            if shown().contains_key(&folder.name) {
+            if self.shown().folders.contains_key(&folder.name) {
                 continue;
             }
             let server = Arc::clone(&running.server);
             let (name, source) = (folder.name.clone(), folder.source.clone());
-            let what = || format!("share {} with the pod", source.display());
             let added = vm::blocking(move || add(&server, &folder)).await?;
-            added.map_err(|error| SandboxError::new(kind(&error), what()).because(error))?;
-            shown().insert(name, source);
+            added.map_err(|error| {
+                let what = format!("share {} with the pod", source.display());
+                SandboxError::new(kind(&error), what).because(error)
+            })?;
+            self.shown().folders.insert(name, source);
         }
         Ok(api::HostFolders {
             tag: TAG.to_owned(),
@@ -186,7 +204,7 @@ impl Task {
 }
 
 /// Starts the file server and attaches it. On failure there is none.
-async fn start(program: &std::path::Path, vm: &dyn RunningVm) -> Result<Running, SandboxError> {
+async fn start(program: &Path, vm: &dyn RunningVm) -> Result<Running, SandboxError> {
     let spawned = FileServer::spawn(program, &[]).await;
     let (server, connection) = spawned.map_err(|error| {
         let what = "start the file server for the pod's host directories (file_server.path in the node's config)";

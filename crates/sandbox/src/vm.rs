@@ -256,7 +256,11 @@ async fn boot(
         agent,
         disks: Disks::new(Arc::clone(vm)),
         size,
-        folders: HostFolders::new(shared.file_server.clone(), Arc::clone(vm)),
+        folders: HostFolders::new(
+            shared.id.clone(),
+            shared.file_server.clone(),
+            Arc::clone(vm),
+        ),
     }))
 }
 
