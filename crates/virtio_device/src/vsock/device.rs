@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use virtio_wire::{DeviceId, Features};
 
 use super::host::Poller;
-use super::muxer::{Muxer, MuxerParts};
+use super::muxer::{Muxer, MuxerParts, TransportReset};
 use super::worker::{Queues, VsockWorker};
 use super::{
     DATA_QUEUE_SIZE, EVENT_QUEUE_SIZE, HostPorts, MAX_CHAIN_BYTES, QUEUE_EVENTS, QUEUE_TO_GUEST,
@@ -166,15 +166,21 @@ impl<S: GuestSpace> VirtioDevice<S> for Vsock {
         let (Some(to_guest), Some(to_host)) = (to_guest, to_host) else {
             return Ok(Vec::new()); // no driver of a socket device does without one of them
         };
-        self.shared.muxer().drop_connections();
+        // After a pause, connections go on: the guest has not noticed it.
+        if std::mem::take(&mut self.restored) {
+            let mut muxer = self.shared.muxer();
+            muxer.drop_connections();
+            if events.is_some() {
+                muxer.transport_reset = TransportReset::Wanted;
+            }
+        }
         let queues = Queues {
             to_guest,
             to_host,
             events,
         };
-        let restored = std::mem::take(&mut self.restored);
         let shared = Arc::clone(&self.shared);
-        let worker = VsockWorker::new(shared, queues, &activation, restored);
+        let worker = VsockWorker::new(shared, queues, &activation);
         Ok(vec![Box::new(worker)])
     }
 

@@ -72,6 +72,21 @@ pub(super) struct Muxer {
     pub(super) timer: Option<Instant>,
     /// Time of this wake.
     pub(super) now: Instant,
+    /// When the worker was stopped, if none has served anything since.
+    pub(super) paused_at: Option<Instant>,
+    /// Whether a restored guest knows.
+    pub(super) transport_reset: TransportReset,
+}
+
+/// What a restored guest has to hear before anything else (virtio v1.3 §5.10.6.7).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TransportReset {
+    /// Nothing.
+    Done,
+    /// It has not heard yet.
+    Wanted,
+    /// It has been told, and has taken the event in once it gives the buffer back: once more than so many are available.
+    Told { available: u16 },
 }
 
 impl Muxer {
@@ -88,6 +103,8 @@ impl Muxer {
             acceptable: true,
             timer: None,
             now,
+            paused_at: None,
+            transport_reset: TransportReset::Done,
         }
     }
 
@@ -397,6 +414,8 @@ impl Muxer {
         self.ready.clear();
         self.resets.clear();
         self.large_windows = LARGE_WINDOWS;
+        self.paused_at = None;
+        self.transport_reset = TransportReset::Done;
     }
 
     pub(super) fn stream(&mut self, id: EntryId) -> Option<&mut Stream> {

@@ -8,19 +8,18 @@
 //! packets wait and buffers do not.
 //!
 //! Nothing is in flight between two calls: bytes are copied between socket and guest memory within one call, so
-//! `pause` has nothing to finish.
+//! `pause` has nothing to finish. A worker ends with a pause; what is to go on after it is the muxer's.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::Instant;
 
 use virtio_wire::DeviceId;
 use virtio_wire::vsock::EVENT_TRANSPORT_RESET;
 use vm_memory::GuestMemory;
 
 use super::device::Shared;
-use super::muxer::Muxer;
+use super::muxer::{Muxer, TransportReset};
 use super::stream::payload_room;
 use super::{QUEUE_EVENTS, QUEUE_TO_GUEST, QUEUE_TO_HOST};
 use crate::{
@@ -36,17 +35,6 @@ pub(super) struct Queues {
     pub(super) events: Option<Queue>,
 }
 
-/// What a restored guest has to hear before anything else (virtio v1.3 §5.10.6.7).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum TransportReset {
-    /// Nothing.
-    Done,
-    /// It has not heard yet.
-    Wanted,
-    /// It has been told, and has taken the event in once it gives the buffer back: once more than so many are available.
-    Told { available: u16 },
-}
-
 /// Serves all three queues and the host's sockets.
 pub(super) struct VsockWorker<S> {
     shared: Arc<Shared>,
@@ -56,8 +44,6 @@ pub(super) struct VsockWorker<S> {
     interrupt: Arc<dyn Interrupt>,
     chain: Chain,
     rooms: Rooms,
-    transport_reset: TransportReset,
-    paused_at: Option<Instant>,
 }
 
 /// Receive buffers taken from the queue, to be filled in one go; reused from wake to wake.
@@ -106,19 +92,9 @@ impl Rooms {
 }
 
 impl<S: GuestSpace> VsockWorker<S> {
-    pub(super) fn new(
-        shared: Arc<Shared>,
-        queues: Queues,
-        activation: &Activation<S>,
-        restored: bool,
-    ) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, queues: Queues, activation: &Activation<S>) -> Self {
         let mut indexes = vec![QUEUE_TO_GUEST, QUEUE_TO_HOST];
         indexes.extend(queues.events.is_some().then_some(QUEUE_EVENTS));
-        let transport_reset = if restored && queues.events.is_some() {
-            TransportReset::Wanted
-        } else {
-            TransportReset::Done
-        };
         Self {
             shared,
             queues,
@@ -127,8 +103,6 @@ impl<S: GuestSpace> VsockWorker<S> {
             interrupt: Arc::clone(&activation.interrupt),
             chain: Chain::default(),
             rooms: Rooms::default(),
-            transport_reset,
-            paused_at: None,
         }
     }
 
@@ -144,7 +118,7 @@ impl<S: GuestSpace> VsockWorker<S> {
 
     /// Gives the guest what there is for it.
     fn serve_to_guest(&mut self, muxer: &mut Muxer) -> Result<Progress, DeviceError> {
-        if self.transport_reset != TransportReset::Done || !muxer.has_work() {
+        if muxer.transport_reset != TransportReset::Done || !muxer.has_work() {
             return Ok(Progress::Idle);
         }
         let mem = &*self.memory.memory();
@@ -190,26 +164,26 @@ impl<S: GuestSpace> VsockWorker<S> {
     }
 
     /// Tells a restored guest, and finds out whether it has heard.
-    fn serve_events(&mut self) -> Result<(), DeviceError> {
+    fn serve_events(&mut self, muxer: &mut Muxer) -> Result<(), DeviceError> {
         let Some(queue) = &mut self.queues.events else {
             return Ok(());
         };
         let mem = &*self.memory.memory();
-        if self.transport_reset == TransportReset::Wanted && queue.pop(mem, &mut self.chain)? {
+        if muxer.transport_reset == TransportReset::Wanted && queue.pop(mem, &mut self.chain)? {
             let event = EVENT_TRANSPORT_RESET.to_le_bytes();
             let written = self.chain.writable.write_at(mem, 0, &event)?;
             let written = u32::try_from(written).unwrap_or(u32::MAX);
             queue.complete(mem, self.chain.head(), written)?;
             queue.notify(mem, &*self.interrupt)?;
             let available = queue.available(mem)?;
-            self.transport_reset = TransportReset::Told { available };
+            muxer.transport_reset = TransportReset::Told { available };
         }
         // The driver kicks when it gives the buffer back; one that did before this is seen right here.
         queue.enable_kicks(mem)?;
-        if let TransportReset::Told { available } = self.transport_reset
+        if let TransportReset::Told { available } = muxer.transport_reset
             && queue.available(mem)? > available
         {
-            self.transport_reset = TransportReset::Done;
+            muxer.transport_reset = TransportReset::Done;
         }
         Ok(())
     }
@@ -228,14 +202,14 @@ impl<S: GuestSpace> Worker for VsockWorker<S> {
         let shared = Arc::clone(&self.shared);
         let mut muxer = shared.muxer();
         muxer.now = (shared.clock)();
-        if let Some(paused_at) = self.paused_at.take() {
+        if let Some(paused_at) = muxer.paused_at.take() {
             let pause = muxer.now.saturating_duration_since(paused_at);
             muxer.postpone(pause);
         }
         let served = match event {
             Event::Queue(QUEUE_TO_HOST) => self.serve_to_host(&mut muxer)?,
             Event::Queue(QUEUE_EVENTS) => {
-                self.serve_events()?;
+                self.serve_events(&mut muxer)?;
                 Progress::Idle
             }
             Event::Queue(_) => Progress::Idle,
@@ -250,7 +224,7 @@ impl<S: GuestSpace> Worker for VsockWorker<S> {
 
     fn pause(&mut self) -> Vec<(u16, QueueState)> {
         let now = (self.shared.clock)();
-        self.paused_at.get_or_insert(now);
+        self.shared.muxer().paused_at.get_or_insert(now);
         let queues = [Some(&self.queues.to_guest), Some(&self.queues.to_host)];
         let all = queues.into_iter().chain([self.queues.events.as_ref()]);
         all.flatten()

@@ -380,6 +380,14 @@ impl Rig {
             .collect()
     }
 
+    /// Pauses and goes on, with a worker of its own, as a VM does.
+    pub(super) fn pause_for(&mut self, time: Duration) {
+        let queues = self.pause();
+        self.sleep_unnoticed(time);
+        let activation = activation(&self.mem, queues, Features::COMMON, &self.interrupt);
+        self.worker = self.device.activate(activation).unwrap().remove(0);
+    }
+
     /// The guest goes on in another device, from the saved state of this one.
     pub(super) fn restore_elsewhere(&mut self) {
         let queues = self.pause();

@@ -38,13 +38,12 @@ fn registers_say_what_the_specification_says() {
 fn connections_live_through_a_pause() {
     let mut rig = Rig::new();
     let (key, mut host) = rig.open_from_host(5000);
-    rig.pause();
-    host.write_all(b"while paused").unwrap();
-    rig.sleep_unnoticed(Duration::from_secs(3600));
+    host.write_all(b"before it").unwrap();
+    rig.pause_for(Duration::from_secs(3600));
     for queue in 0..3 {
         rig.handle(Event::Queue(queue));
     }
-    assert_eq!(data(&rig.packets()), b"while paused");
+    assert_eq!(data(&rig.packets()), b"before it");
     rig.send_data(key, b"after it");
     assert_eq!(read_now(&mut host, 100).unwrap(), b"after it");
 }
@@ -56,8 +55,7 @@ fn time_of_a_pause_does_not_count_for_deadlines() {
     let mut silent = rig.dial();
     silent.write_all(b"CONN").unwrap();
     rig.host_events();
-    rig.pause();
-    rig.sleep_unnoticed(Duration::from_secs(3600));
+    rig.pause_for(Duration::from_secs(3600));
     rig.handle(Event::Source(0));
     rig.handle(Event::Source(0));
     assert_eq!(rig.connections(), 2);
@@ -110,6 +108,15 @@ fn restored_guest_without_an_event_buffer_hears_once_it_gives_one() {
     rig.post_event_buffer();
     rig.handle(Event::Queue(2));
     rig.open_from_guest(700);
+}
+
+#[test]
+fn restored_guest_that_is_paused_before_it_has_heard_still_hears() {
+    let mut rig = Rig::new();
+    rig.restore_elsewhere();
+    rig.pause_for(Duration::from_secs(1));
+    rig.handle(Event::Queue(2));
+    assert_eq!(rig.events.pop_used().unwrap().written, 4);
 }
 
 #[test]
