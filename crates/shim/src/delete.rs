@@ -28,7 +28,7 @@ use crate::socket::remove_socket;
 use crate::state_dir::{Leftovers, StateDir};
 
 /// How long a shim may take to end its VM and to report the exits. What is left of containerd's 5 s is for the rest.
-const TERM_LIMIT: Duration = Duration::from_secs(3);
+const TERM_LIMIT: Duration = Duration::from_secs(2);
 
 /// How long a killed process may take to go.
 const KILL_LIMIT: Duration = Duration::from_secs(1);

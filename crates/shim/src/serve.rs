@@ -45,8 +45,8 @@ const FIRST_TASK_LIMIT: Duration = Duration::from_secs(30);
 /// How long the last answers may take to reach containerd.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
 
-/// How long the last events may take to reach containerd. `delete` gives the shim 3 s in all.
-const FLUSH_LIMIT: Duration = Duration::from_secs(2);
+/// How long the last events may take to reach containerd. `delete` gives the shim 2 s in all.
+const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 /// A shim waits for most of its life; blocking work is a file here and a program there.
 const MAX_BLOCKING_THREADS: usize = 8;

@@ -597,7 +597,8 @@ async fn killed_shim_with_a_running_task_is_removed_by_delete() {
     pod.is_gone();
 }
 
-#[tokio::test]
+// containerd takes events while its `delete` runs, so it has a thread of its own.
+#[tokio::test(flavor = "multi_thread")]
 async fn delete_verb_ends_a_shim_that_still_runs() {
     let mut pod = Pod::of(&["sleep"]).await;
     pod.create().await.unwrap();
