@@ -21,8 +21,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-/// How long the guest may take to accept a connection.
-const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// How long the guest may take to accept a connection: longer than the VMM waits for it, which then says why not.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(25);
 /// The longest answer: `OK 4294967295` and its end of line.
 const MAX_ANSWER_BYTES: usize = 14;
 

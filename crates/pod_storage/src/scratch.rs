@@ -21,7 +21,7 @@ use crate::error::StorageError;
 use crate::image;
 
 /// Another way of formatting makes another template.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// A new scratch disk.
 pub(crate) fn clone_template(config: &pod_spec::Storage) -> Result<Disk, StorageError> {
@@ -50,7 +50,7 @@ fn make_template(config: &pod_spec::Storage, path: &Path) -> Result<File, Storag
     let file = image::unnamed_file(&config.cache_dir)?;
     file.set_len(Bytes::from(config.scratch).0)
         .map_err(StorageError::io("size", path))?;
-    // The file is all zeros: inode tables need no writing, neither now nor by the guest (mount option noinit_itable).
+    // The file is all zeros: inode tables need no writing, neither now nor by the guest.
     let mut command = Command::new(&config.mkfs_ext4);
     command
         .args([
@@ -61,7 +61,7 @@ fn make_template(config: &pod_spec::Storage, path: &Path) -> Result<File, Storag
             "-O",
             "^has_journal,^resize_inode",
             "-E",
-            "lazy_itable_init=1,nodiscard",
+            "assume_storage_prezeroed=1,nodiscard",
         ])
         .arg(image::proc_path(&file));
     build::run(config, &mut command, "the scratch disk's template")?;

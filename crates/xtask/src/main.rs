@@ -10,7 +10,6 @@ mod cache;
 mod check;
 mod cpio;
 mod demo;
-mod emulator;
 mod images;
 mod kernel;
 mod kernel_config;

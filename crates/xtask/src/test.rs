@@ -4,7 +4,6 @@
 //! `cargo xtask test`: everything that must hold. Builds, checks, the tests of each crate on this machine, those that
 //! need KVM and the end-to-end suite where VMs can run; then one line with the sum.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
@@ -18,7 +17,7 @@ use crate::build::{KVM_TESTED_PACKAGES, SUITE, TestKind, TestProgram};
 use crate::node::{Job, Machine, Place, Work};
 use crate::step::{section, step};
 use crate::tally::{Outcome, Tally};
-use crate::{build, check, emulator, images, kernel, kernel_selftest, process, workspace};
+use crate::{build, check, images, kernel, kernel_selftest, process, workspace};
 
 /// The longest time for the tests of all crates, compilation included.
 const CRATE_TESTS_LIMIT: Duration = Duration::from_secs(20 * 60);
@@ -141,8 +140,9 @@ fn test_in_node(place: &Place, programs: &[TestProgram], filter: &str) -> Result
         Place::Host => 1,
         Place::Nested(_) => thread::available_parallelism().map_or(1, |n| n.get().min(MAX_NODES)),
     };
-    let one = |name: &str, script: &str| {
-        let folder = artifacts.join(name);
+    let scripts = node_scripts(&workspace::root(), programs, filter, count)?;
+    let one = |(number, script): (usize, &String)| {
+        let folder = artifacts.join(format!("node-{number}"));
         let mut out = Lines::default();
         let job = Job {
             work: Work::Script(script),
@@ -161,25 +161,14 @@ fn test_in_node(place: &Place, programs: &[TestProgram], filter: &str) -> Result
             },
         };
         let code = place.run(&job, &mut out, &mut io::stderr())?;
-        let output = String::from_utf8_lossy(&out.all).into_owned();
-        let repeat = match place {
-            Place::Host => BTreeSet::new(),
-            Place::Nested(_) => emulator::failed_by_emulator(&output, &folder.join("artifacts")),
-        };
-        anyhow::Ok((code, Tally::of_libtest(&output), repeat))
+        anyhow::Ok((code, Tally::of_libtest(&String::from_utf8_lossy(&out.all))))
     };
-    let scripts = node_scripts(
-        &workspace::root(),
-        programs,
-        |name| name.contains(filter),
-        count,
-    )?;
     let ended = section("tests that need VMs", || {
         thread::scope(|scope| {
             let nodes: Vec<_> = scripts
                 .iter()
                 .enumerate()
-                .map(|(number, script)| scope.spawn(move || one(&format!("node-{number}"), script)))
+                .map(|numbered| scope.spawn(move || one(numbered)))
                 .collect();
             let join = |node: thread::ScopedJoinHandle<'_, _>| {
                 node.join()
@@ -189,15 +178,13 @@ fn test_in_node(place: &Place, programs: &[TestProgram], filter: &str) -> Result
         })
     })?;
     let mut sum = Tally::default();
-    let mut repeat = BTreeSet::new();
     for node in ended {
-        let (code, tally, emulators) = node.unwrap_or_else(|error| {
+        let (code, tally) = node.unwrap_or_else(|error| {
             // The others' results count all the same.
             eprintln!("{error:#}");
-            (1, Tally::one(Outcome::Failed), BTreeSet::new())
+            (1, Tally::one(Outcome::Failed))
         });
         sum += tally;
-        repeat.extend(emulators);
         if code != 0 {
             eprintln!(
                 "==> logs of the nodes and of their failed tests: {}",
@@ -205,33 +192,15 @@ fn test_in_node(place: &Place, programs: &[TestProgram], filter: &str) -> Result
             );
         }
     }
-    if !repeat.is_empty() {
-        let names = repeat.iter().map(String::as_str).collect::<Vec<_>>();
-        eprintln!(
-            "==> once more, for the emulated processor gave their guests registers that no processor has: {}",
-            names.join(", ")
-        );
-        let scripts = node_scripts(
-            &workspace::root(),
-            programs,
-            |name| repeat.contains(name),
-            1,
-        )?;
-        for script in scripts {
-            let (_, tally, _) = one("node-again", &script)?;
-            sum.failed = sum.failed.saturating_sub(repeat.len() as u64);
-            sum += tally;
-        }
-    }
     Ok(sum)
 }
 
-/// The wanted tests of every program, dealt out to `count` nodes, the suite's last; a program that says nothing of its end counts
+/// The tests of every program, dealt out to `count` nodes, the suite's last; a program that says nothing of its end counts
 /// as one failed test.
 fn node_scripts(
     root: &Path,
     programs: &[TestProgram],
-    wanted: impl Fn(&str) -> bool,
+    filter: &str,
     count: usize,
 ) -> Result<Vec<String>> {
     let shown = root.display();
@@ -255,7 +224,7 @@ fn node_scripts(
         let names: Vec<&str> = listed
             .lines()
             .filter_map(|line| line.strip_suffix(": test"))
-            .filter(|name| wanted(name))
+            .filter(|name| name.contains(filter))
             .collect();
         for (number, script) in scripts.iter_mut().enumerate() {
             let dealt: Vec<&str> = names.iter().copied().skip(number).step_by(count).collect();

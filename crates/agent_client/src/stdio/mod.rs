@@ -8,8 +8,8 @@
 //! 2. [`HostStdio::connect`] opens the guest's ends, once the process exists there, and starts a pump for each stream.
 //! 3. An output stream ends when as many bytes as the guest announced were passed on ([`Streams::ended`]), or with its
 //!    connection. Its FIFO is closed then, so that containerd's reader sees the end.
-//! 4. Stdin is read from the process's start on ([`Streams::begin_stdin`]). It ends when both the client's and our hold on the FIFO are gone ([`Streams::close_stdin`]); the guest is then
-//!    told how many bytes there were.
+//! 4. Stdin is read from the process's start on ([`Streams::begin_stdin`]). It ends when both the client's and our hold
+//!    on the FIFO are gone ([`Streams::close_stdin`]); the guest is then told how many bytes there were.
 //!
 //! Dropping the [`Streams`] stops every pump and closes everything.
 

@@ -75,8 +75,8 @@ async fn to_file(
     file.flush().await
 }
 
-/// Passes on stdin, from the process's start until its FIFO has no writer any more, then tells the guest how much there was. The connection stays
-/// open until the task is aborted: what is still under way in it must not be cut off.
+/// Passes on stdin, from the process's start until its FIFO has no writer any more, then tells the guest how much there
+/// was. The connection stays open until the task is aborted: what is still under way in it must not be cut off.
 pub(super) async fn input(
     stdin: Arc<Stdin>,
     socket: UnixStream,

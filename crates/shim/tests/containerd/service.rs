@@ -769,16 +769,15 @@ async fn killed_shim_with_a_running_task_is_removed_by_delete() {
     pod.is_gone();
 }
 
-#[tokio::test]
+// containerd takes events while its `delete` runs, so it has a thread of its own.
+#[tokio::test(flavor = "multi_thread")]
 async fn delete_verb_ends_a_shim_that_still_runs() {
     let mut pod = Pod::of(&["sleep"]).await;
     pod.create().await.unwrap();
     pod.start("").await.unwrap();
+    assert_eq!(pod.topics(2).await, ["/tasks/create", "/tasks/start"]);
     let said = pod.delete_verb();
     assert!(said.status.success(), "{said:?}");
     pod.is_gone();
-    assert_eq!(
-        pod.topics(3).await,
-        ["/tasks/create", "/tasks/start", "/tasks/exit"]
-    );
+    assert_eq!(pod.topics(1).await, ["/tasks/exit"]);
 }

@@ -40,8 +40,8 @@ use virtio_wire::vsock::{CreditInfo, MAX_PAYLOAD, Message, Shutdown};
 use super::credit::{CreditViolation, ReceiveWindow, SendCredit};
 
 /// How long the guest may take to answer a connection request. Its kernel answers, not the process that listens, and
-/// a Linux guest that asks waits 2 s itself; more than that because a node may run guests in emulation.
-pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// a Linux guest that asks waits 2 s itself; more than that because a node's processors may all be taken.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How long the guest may take to answer SHUTDOWN(both) with a RST: what Linux gives its own peers
 /// (`VSOCK_CLOSE_TIMEOUT`).

@@ -84,7 +84,7 @@ pub const MAX_PENDING_RESETS: usize = 1024;
 const MAX_TURN_PACKETS: usize = 16;
 
 /// How long a host process may take to say what it wants.
-pub const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+pub const GREETING_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Entries of the receive and transmit queues. Linux fills the receive queue with buffers of 4 KiB plus header, 8 KiB of
 /// memory each, so that 256 (the usual size) would cost an idle guest another MiB.

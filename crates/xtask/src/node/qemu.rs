@@ -82,8 +82,9 @@ fn machine(qemu: &mut Command, image: &Image, job: &Job) {
     // as fast.
     qemu.args(["-machine", "q35", "-cpu", "max,-erms,-fsrm", "-nic", "none"]);
     // One processor: with two, QEMU 7.2 at times runs kernel code that the other one has just patched away. Work that can
-    // be divided gets several nodes instead.
-    qemu.args(["-smp", "1", "-accel", "tcg,thread=single"]);
+    // be divided gets several nodes instead. A small cache of translated code: what was translated from the memory of dead
+    // guests slows down every write of the next one to the same pages until it is thrown out.
+    qemu.args(["-smp", "1", "-accel", "tcg,thread=single,tb-size=256"]);
     if job.machine.count_instructions {
         qemu.args(["-icount", "shift=0,sleep=off"]);
     }
