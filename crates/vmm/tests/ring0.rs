@@ -50,6 +50,26 @@ fn triple_fault_without_a_word_says_where_it_was() {
 }
 
 #[test]
+fn kernel_without_pvh_starts_in_long_mode_with_a_zero_page() {
+    #[rustfmt::skip]
+    let code = [
+        0x66, 0xba, 0xf8, 0x03,                            // mov dx, 0x3f8
+        0x81, 0xbe, 0x02, 0x02, 0, 0, b'H', b'd', b'r', b'S', // cmp dword [rsi + 0x202], "HdrS"
+        0x75, 0x0f,                                        // jne to the end
+        0x48, 0xb8, 0, 0, 0, 0, b'L', b'L', b'L', b'L',    // mov rax, what no 32-bit register holds
+        0x48, 0xc1, 0xe8, 0x20,                            // shr rax, 32
+        0xee,                                              // out dx, al
+        0x0f, 0x0b,                                        // ud2
+    ];
+    let mut kernel = pvh_kernel(&code);
+    let note = kernel.windows(4).position(|bytes| bytes == b"Xen\0");
+    kernel[note.unwrap()] = b'x';
+    let (mut vmm, result) = Vmm::start(&config(), &files(&kernel));
+    assert_eq!(result, Ok(Answer::Done));
+    assert_eq!(vmm.last_words().2, "L");
+}
+
+#[test]
 fn control_socket_closed_ends_a_spinning_vm() {
     let (mut vmm, result) = Vmm::start(&config(), &files(&pvh_kernel(SPIN)));
     assert_eq!(result, Ok(Answer::Done));
