@@ -550,7 +550,7 @@ fn pid_namespace_is_shared_and_its_orphans_are_reaped(bed: &Bed) {
     });
     let (launched, _output) = bed.launch(&spec(change));
     let launched = launched.unwrap();
-    let pause = launched.pid();
+    let _pause = Ended(launched.pid());
     let pidfd: OwnedFd = launched.pidfd().try_clone().unwrap();
     launched.ready().unwrap().0.start().unwrap();
 
@@ -580,8 +580,16 @@ fn pid_namespace_is_shared_and_its_orphans_are_reaped(bed: &Bed) {
         let error = bed.launch_with(spec, process).0.unwrap_err().to_string();
         assert!(error.starts_with("linux.namespaces[pid].path"), "{error}");
     }
-    rustix::process::kill_process(pause, rustix::process::Signal::KILL).unwrap();
-    assert_eq!(wait(pause), 137);
+}
+
+/// A process that is ended with the test, however the test ends.
+struct Ended(Pid);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        rustix::process::kill_process(self.0, rustix::process::Signal::KILL).unwrap();
+        assert_eq!(wait(self.0), 137);
+    }
 }
 
 fn terminal_is_handed_over(bed: &Bed) {
