@@ -466,3 +466,28 @@ fn cpuset_of_the_node_becomes_as_many_vcpus() {
         assert_eq!(says(&kubelet, &container, "nproc"), count, "{cpus}");
     }
 }
+
+#[test]
+fn vmm_without_room_in_the_pods_cgroup_is_reported_as_that() {
+    let node = Node::new("vmm_without_room_in_the_pods_cgroup_is_reported_as_that");
+    let mut kubelet = Kubelet::new("no-room");
+    let cgroup = "/sys/fs/cgroup/no-room";
+    fs::create_dir(cgroup).unwrap();
+    let pod = kubelet
+        .run_pod_with("no-room", |config| {
+            config.linux.get_or_insert_default().cgroup_parent = "/no-room".to_owned();
+        })
+        .unwrap();
+    let container = kubelet.run(&pod, "main", &["sleep", "infinity"]);
+    // Less than the VM has in use, and nowhere to put it.
+    fs::write(format!("{cgroup}/memory.max"), "8M").unwrap();
+    assert_eq!(kubelet.exit_code(&container), 137);
+    eventually("the log says why", || {
+        node.log()
+            .contains("OOM killer ended the VMM")
+            .then_some(())
+    });
+    kubelet.stop_pod(&pod);
+    kubelet.remove_pod(&pod);
+    eventually("the pod's cgroup is empty", || fs::remove_dir(cgroup).ok());
+}
