@@ -308,6 +308,36 @@ fn seccomp_profile_of_the_node_holds_for_init_and_exec() {
 }
 
 #[test]
+fn call_newer_than_containerds_own_profile_is_not_implemented() {
+    let _node = Node::new("call_newer_than_containerds_own_profile_is_not_implemented");
+    let program = "import ctypes, os; libc = ctypes.CDLL(None, use_errno=True); \
+                   calls = [libc.syscall(1000), ctypes.get_errno(), libc.swapoff(b'/'), ctypes.get_errno()]; \
+                   print(calls, [line for line in open('/proc/self/status') if line.startswith('Seccomp:')])";
+    let image = "coffer.test/python:latest";
+    let command = ["python3", "-c", program];
+    let output = Container::run_image("newer", image, &["--seccomp"], &command);
+    assert_eq!(output.code, 0, "{output:?}");
+    assert_eq!(
+        output.stdout, "[-1, 38, -1, 1] ['Seccomp:\\t2\\n']\n",
+        "ENOSYS, and EPERM for a call that the profile knows and does not allow"
+    );
+}
+
+#[test]
+fn container_without_a_pod_cannot_join_a_namespace_of_the_host() {
+    let _node = Node::new("container_without_a_pod_cannot_join_a_namespace_of_the_host");
+    for kind in ["pid", "ipc", "uts"] {
+        let option = format!("{kind}:/proc/1/ns/{kind}");
+        let output = Container::run_image("joins", BUSYBOX, &["--with-ns", &option], &["true"]);
+        let field = format!("linux.namespaces[{kind}].path");
+        assert!(
+            output.code != 0 && output.stderr.contains(&field),
+            "{output:?}"
+        );
+    }
+}
+
+#[test]
 fn sysctls_are_the_pods_and_those_of_the_whole_machine_are_refused() {
     let _node = Node::new("sysctls_are_the_pods_and_those_of_the_whole_machine_are_refused");
     let mut kubelet = Kubelet::new("sysctls");
