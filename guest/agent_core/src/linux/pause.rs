@@ -89,7 +89,7 @@ fn spec() -> Result<Spec, Error> {
             "oomScoreAdj": -998
         },
         "root": {"path": layout::PAUSE_ROOTFS, "readonly": true},
-        "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "network"}]}
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}]}
     }))
     .map_err(|_| Error::Internal("writing the pause process's spec"))
 }
