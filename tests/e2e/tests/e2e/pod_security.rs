@@ -77,7 +77,9 @@ fn shared_pid_namespace_begins_with_pause_and_outlives_its_containers() {
             pod_namespaces(config).pid = i32::from(NamespaceMode::Pod);
         })
         .unwrap();
-    let share = |config: &mut ContainerConfig| drop(pid_mode(config, NamespaceMode::Pod).pid);
+    let share = |config: &mut ContainerConfig| {
+        pid_mode(config, NamespaceMode::Pod);
+    };
     let command = sh("sleep 2001 & exec sleep 1001");
     let one = run_with(&kubelet, &pod, ("one", 0), &command, share);
     let two = run_with(&kubelet, &pod, ("two", 0), &["sleep", "1002"], share);
