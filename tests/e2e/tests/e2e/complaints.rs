@@ -106,6 +106,7 @@ fn pod_is_not_stuck_terminating_whatever_died() {
         kubelet.run(&pod, "main", &IDLE);
         if victim == "containerd" {
             drop(ContainerdDown::kill());
+            kubelet.await_containerd();
         } else {
             kill_9(named(victim)[0]);
         }
@@ -204,7 +205,7 @@ fn limit_of_pids_is_not_ignored() {
         })
         .unwrap();
     kubelet.start(&main);
-    let bomb = "for i in $(seq 100); do sleep 1000 & done; echo all of them";
+    let bomb = "for i in $(seq 100); do sleep 1000 > /dev/null 2>&1 & done; echo all of them";
     let refused = kubelet.exec(&main, &sh(bomb));
     assert!(refused.stderr.contains("fork"), "{refused:?}");
     assert_eq!(e2e::metrics("k8s.io", &main)["pids.limit"], 20);
@@ -309,8 +310,8 @@ fn pod_with_64_mib_boots_and_is_never_more_than_its_cgroup() {
             linux.cgroup_parent = "/pod64".to_owned();
         })
         .unwrap();
-    for (name, fill, code) in [("fits", 40, 0), ("hungry", 500, 137)] {
-        // Into memory, so that every page is touched.
+    for (name, fill, code) in [("fits", 40, 0), ("hungry", 70, 137)] {
+        // Into memory, so that every page is touched. More than the VM has would be refused before it is used.
         let script = format!("exec dd if=/dev/zero of=/dev/null bs={fill}M count=1");
         let container = kubelet
             .create_with(&pod, name, 0, &sh(&script), |config| {
@@ -416,4 +417,32 @@ fn clock_of_the_guest_is_right_also_after_it_stood_still() {
     kill(vmm, Signal::SIGCONT).unwrap();
     right("after-stop");
     assert_eq!(parent_of(vmm.as_raw()), Some(named(SHIM)[0]));
+}
+
+#[test]
+fn clock_of_the_guest_that_went_astray_is_set_right() {
+    let _node = Node::new("clock_of_the_guest_that_went_astray_is_set_right");
+    let mut kubelet = Kubelet::new("astray");
+    let pod = kubelet.run_pod("astray");
+    let main = kubelet
+        .create_with(&pod, "main", 0, &IDLE, |config| {
+            let linux = config.linux.as_mut().unwrap();
+            let security = linux.security_context.as_mut().unwrap();
+            security.capabilities = Some(v1::Capability {
+                add_capabilities: vec!["SYS_TIME".to_owned()],
+                ..Default::default()
+            });
+        })
+        .unwrap();
+    kubelet.start(&main);
+    for astray in ["+3600", "-3600"] {
+        // As if the node's clock had been set by as much, to the other side.
+        let script = format!("date -s @$(($(date +%s) {astray}))");
+        output(&kubelet, &main, &script);
+        eventually("the guest's clock is the node's", || {
+            let node = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+            let guest: u64 = output(&kubelet, &main, "date +%s").trim().parse().unwrap();
+            (guest.abs_diff(node.as_secs()) < 60).then_some(())
+        });
+    }
 }

@@ -354,8 +354,17 @@ impl Kubelet {
         items.into_iter().map(|pod| pod.id).collect()
     }
 
+    /// Waits until containerd answers, after it was away.
+    pub(crate) fn await_containerd(&self) {
+        eventually("containerd answers", || {
+            let list = v1::ListPodSandboxRequest { filter: None };
+            call!(self, list_pod_sandbox, list).ok()
+        });
+    }
+
     /// Stops and removes every pod that containerd knows, as a kubelet does with those that it does not.
     pub(crate) fn remove_all_pods(&self) {
+        self.await_containerd();
         for pod_sandbox_id in self.all_pods() {
             let stop = v1::StopPodSandboxRequest {
                 pod_sandbox_id: pod_sandbox_id.clone(),

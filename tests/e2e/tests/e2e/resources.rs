@@ -17,14 +17,14 @@ use crate::cri_client::{Kubelet, resources};
 const MIB: u64 = 1 << 20;
 
 /// Uses a processor for three seconds, and says in the form of POSIX's `time -p` how much of it.
-pub(crate) const BURN: &str = "time -p timeout 3 sh -c 'while :; do :; done'";
+const BURN: &str = "time -p timeout 3 sh -c 'while :; do :; done'";
 
 fn sh(script: &str) -> [&str; 3] {
     ["sh", "-c", script]
 }
 
 /// The seconds on the processor of what `time -p` has timed: its lines "user 2.98" and "sys 0.01".
-pub(crate) fn processor_seconds(timed: &str) -> f64 {
+fn processor_seconds(timed: &str) -> f64 {
     let lines = timed.lines().filter_map(|line| line.split_once(' '));
     lines
         .filter(|(name, _)| ["user", "sys"].contains(name))

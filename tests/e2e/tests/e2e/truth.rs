@@ -14,8 +14,8 @@ use nix::unistd::Pid;
 
 use crate::complaints::PodCgroup;
 use crate::cri_client::Kubelet;
-use crate::resources::{BURN, assert_close, processor_seconds};
-use crate::volumes::{IDLE, output, sh};
+use crate::resources::assert_close;
+use crate::volumes::{IDLE, PodDir, mount, output, run_with, sh};
 
 const MIB: f64 = 1_048_576.0;
 /// Bytes over the network in each direction.
@@ -26,43 +26,62 @@ fn float(number: u64) -> f64 {
     number.to_string().parse().unwrap()
 }
 
+/// Waits, uses the processor, and waits again, while it is the container's only process and says before and after what it
+/// has used (POSIX `times`: a line of its own time, a line of its children's).
+const BURN: &str = "read go < /s/begin; times; i=0; while [ $i -lt 150000 ]; do i=$((i+1)); done; times; read go < /s/end";
+
+/// The seconds in a line of `times`: "0m1.230s 0m0.040s".
+fn seconds(line: &str) -> f64 {
+    let time = |word: &str| -> f64 {
+        let (minutes, seconds) = word.split_once('m').unwrap();
+        let seconds: f64 = seconds.trim_end_matches('s').parse().unwrap();
+        minutes.parse::<f64>().unwrap() * 60.0 + seconds
+    };
+    line.split_whitespace().map(time).sum()
+}
+
 #[test]
 fn processor_time_over_cri_is_what_the_process_has_measured_and_never_falls() {
     let _node =
         Node::new("processor_time_over_cri_is_what_the_process_has_measured_and_never_falls");
+    let dir = PodDir::new("truth-cpu");
     let mut kubelet = Kubelet::new("truth-cpu");
     let pod = kubelet.run_pod("truth-cpu");
-    let main = kubelet.run(&pod, "main", &IDLE);
-    let used = || kubelet.usage(&main).0;
-    let used_by = |script: &str| {
-        let before = used();
-        let executed = kubelet.exec(&main, &sh(script));
-        (used() - before, executed)
+    let shared = dir.empty_dir("shared");
+    let with = |name: &str, command: &[&str]| {
+        run_with(
+            &kubelet,
+            &pod,
+            name,
+            command,
+            vec![mount(&shared, "/s", false)],
+        )
     };
-    // What it costs to start an exec and to time something.
-    let (start, _) = used_by("time -p timeout 3 true");
+    let hand = with("hand", &IDLE);
+    output(&kubelet, &hand, "mkfifo /s/begin /s/end");
+    let main = with("main", &sh(BURN));
+    let used = || kubelet.usage(&main).0;
+    let settled = || {
+        let mut last = used();
+        eventually("it waits", || {
+            let before = std::mem::replace(&mut last, used());
+            (last == before).then_some(last)
+        })
+    };
+    let before = settled();
+    output(&kubelet, &hand, "echo > /s/begin");
     let mut samples = Vec::new();
-    let (whole, executed) = thread::scope(|scope| {
-        let inside = main.clone();
-        let sampling = scope.spawn(move || {
-            let kubelet = Kubelet::new("truth-cpu-samples");
-            (0..8)
-                .map(|_| {
-                    (
-                        kubelet.usage(&inside).0,
-                        metrics("k8s.io", &inside)["cpu.usage_usec"],
-                    )
-                })
-                .collect::<Vec<_>>()
-        });
-        let burnt = used_by(BURN);
-        samples = sampling.join().unwrap();
-        burnt
+    let log = eventually("it has used the processor", || {
+        samples.push((used(), metrics("k8s.io", &main)["cpu.usage_usec"]));
+        let log = kubelet.log("main", 0, "stdout");
+        (log.lines().count() == 4).then_some(log)
     });
-    let truth = processor_seconds(&executed.stderr);
-    assert!(truth > 1.0, "{executed:?}");
+    let after = settled();
+    let lines: Vec<f64> = log.lines().map(seconds).collect();
+    let truth = lines[2] - lines[0];
+    assert!(truth > 0.5, "{log}");
     assert_close(
-        float(whole.saturating_sub(start)) / 1e9,
+        float(after - before) / 1e9,
         truth,
         "seconds on the processor",
     );
@@ -70,12 +89,10 @@ fn processor_time_over_cri_is_what_the_process_has_measured_and_never_falls() {
         samples.is_sorted_by(|a, b| a.0 <= b.0 && a.1 <= b.1),
         "{samples:?}"
     );
-    let listed = kubelet.usage_in_list(&main);
-    let after = kubelet.usage(&main).0;
-    assert!(
-        (samples[7].0..=after).contains(&listed),
-        "{samples:?} {listed} {after}"
-    );
+    assert_eq!(kubelet.usage_in_list(&main), after, "it waits again");
+    assert_eq!(metrics("k8s.io", &main)["cpu.usage_usec"], after / 1000);
+    output(&kubelet, &hand, "echo > /s/end");
+    assert_eq!(kubelet.exit_code(&main), 0);
 }
 
 #[test]
