@@ -1,7 +1,9 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! What users of runtimes with a VM per pod complain about most, each complaint a test.
+//! What users of runtimes with a VM per pod complain about most, each complaint a test. Those about volumes (sizeLimit,
+//! subPath, inotify) are with [`volumes`](crate::volumes), those about images and disks with
+//! [`bad_input`](crate::bad_input), those about networks with [`network`](crate::network).
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
