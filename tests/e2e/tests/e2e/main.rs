@@ -16,6 +16,7 @@ mod host_folders;
 mod isolation;
 mod lifecycle;
 mod network;
+mod pod_security;
 mod resources;
 mod software;
 mod streams;
