@@ -54,7 +54,8 @@ pub struct Guest {
     pub overhead_memory: Mib,
     /// `max_memory_mib`: the most that a VM can have.
     pub max_memory: Mib,
-    /// `ready_timeout_s`: how long the agent may take to report, from the VM's start.
+    /// `ready_timeout_s`: how long the agent may take to report, from the VM's start. More than 60 s are also what it has for
+    /// making a container.
     pub ready_timeout: Duration,
 }
 

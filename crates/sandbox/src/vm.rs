@@ -9,7 +9,7 @@
 //! ```
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use agent_client::{AgentClient, AgentError, CallDeadlines, EventReader, StreamConnector};
 use agent_proto::{CONTROL_PORT, api};
@@ -242,7 +242,7 @@ async fn boot(
     );
     if configure.wall_clock_ns != 0 {
         // The plan was made before the boot.
-        configure.wall_clock_ns = wall_clock_ns();
+        configure.wall_clock_ns = agent_client::wall_clock_ns();
     }
     phase(of, "configure", async {
         let configured = agent.configure_sandbox(&configure).await;
@@ -393,11 +393,4 @@ pub(crate) async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(|error| {
         SandboxError::new(SandboxErrorKind::Internal, "prepare on the host").because(error)
     })
-}
-
-fn wall_clock_ns() -> u64 {
-    let now = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default();
-    u64::try_from(now.as_nanos()).unwrap_or_default()
 }

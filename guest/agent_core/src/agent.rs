@@ -21,6 +21,7 @@ use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::sync::watch;
 
 use crate::Error;
+use crate::clock::Clock;
 use crate::error::Context as _;
 use crate::events::Events;
 use crate::pid_namespace::PidNamespace;
@@ -47,6 +48,7 @@ pub struct Agent<S> {
     events: Arc<Events>,
     connections: Arc<Connections>,
     configured: Mutex<bool>,
+    clock: Mutex<Clock>,
 }
 
 /// The agent's ends of a process's pipes.
@@ -67,6 +69,7 @@ impl<S: System> Agent<S> {
             events: Arc::default(),
             connections: Arc::default(),
             configured: Mutex::default(),
+            clock: Mutex::default(),
         })
     }
 
@@ -119,6 +122,24 @@ impl<S: System> Agent<S> {
             });
         }
         self.blocking(move |system| system.configure(&plan)).await
+    }
+
+    /// Has the guest's clock follow the host's, which is at `host_ns` since the epoch; 0 if that is not known.
+    pub(crate) fn follow_clock(&self, host_ns: u64) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let guest_ns = u64::try_from(now.unwrap_or_default().as_nanos()).unwrap_or(u64::MAX);
+        if host_ns == 0 {
+            return;
+        }
+        let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(time) = clock.correction(host_ns, guest_ns) else {
+            return;
+        };
+        drop(clock);
+        match self.system.set_clock(time) {
+            Ok(()) => crate::log::info(&format!("clock set from {guest_ns} to {time} ns")),
+            Err(error) => crate::log::warn(&format!("setting the clock: {}", error.chain())),
+        }
     }
 
     /// Makes a container and its init, which waits. Gives its pid. On failure nothing of it is left.

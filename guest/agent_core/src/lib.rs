@@ -4,6 +4,7 @@
 //! Process table, stdio, cgroups, mounts and reaper of the guest agent.
 
 mod agent;
+mod clock;
 mod error;
 mod events;
 mod files;

@@ -6,7 +6,9 @@
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod bad_input;
+mod churn;
 mod cofferctl;
+mod complaints;
 mod cri;
 mod cri_client;
 mod faults;
@@ -19,4 +21,6 @@ mod resources;
 mod software;
 mod streams;
 mod terminal;
+mod truth;
 mod volumes;
+mod workloads;
