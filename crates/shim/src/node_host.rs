@@ -139,13 +139,19 @@ impl Host for NodeHost {
         let initramfs = open("guest.initramfs", &guest.initramfs)?;
         // Last: whatever fails before has nothing to undo.
         let metadata = self.config.network.metadata_service;
-        let (networks, guard) = match bundle.network_namespace() {
-            None => (Vec::new(), nothing_to_undo()),
+        let (networks, loopback, guard) = match bundle.network_namespace() {
+            None => (Vec::new(), None, nothing_to_undo()),
             Some(namespace) => {
                 let joined = network::join(namespace, metadata)?;
                 configure.interfaces = joined.interfaces;
                 configure.rules = joined.rules;
-                (joined.cards, Box::new(joined.guard) as Box<dyn Any + Send>)
+                let (loopback, redirection) = network::take_loopback(namespace).unzip();
+                let guard = (redirection, joined.guard);
+                (
+                    joined.cards,
+                    loopback,
+                    Box::new(guard) as Box<dyn Any + Send>,
+                )
             }
         };
         let vm = VmSpec {
@@ -164,6 +170,7 @@ impl Host for NodeHost {
         Ok(PodPlan {
             vm,
             configure,
+            loopback,
             guard,
         })
     }

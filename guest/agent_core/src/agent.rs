@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use crate::Error;
 use crate::error::Context as _;
 use crate::events::Events;
+use crate::forward::ForwardedPorts;
 use crate::plan::{ContainerPlan, ExecPlan, SandboxPlan, StdioPlan};
 use crate::stdio::{Connections, Stream, pump_input, pump_output};
 use crate::system::{Gate, Job, Launched, System};
@@ -45,6 +46,7 @@ pub struct Agent<S> {
     table: Mutex<Table>,
     events: Arc<Events>,
     connections: Arc<Connections>,
+    forwarded: Arc<ForwardedPorts>,
     configured: Mutex<bool>,
 }
 
@@ -65,6 +67,7 @@ impl<S: System> Agent<S> {
             table: Mutex::default(),
             events: Arc::default(),
             connections: Arc::default(),
+            forwarded: Arc::default(),
             configured: Mutex::default(),
         })
     }
@@ -72,6 +75,11 @@ impl<S: System> Agent<S> {
     /// Where new stdio connections go.
     pub fn connections(&self) -> &Arc<Connections> {
         &self.connections
+    }
+
+    /// Where new connections to the pod's loopback go.
+    pub fn forwarded(&self) -> &Arc<ForwardedPorts> {
+        &self.forwarded
     }
 
     /// What has happened.
@@ -368,6 +376,7 @@ impl<S: System> Agent<S> {
             "unclaimed_connections": connections,
             "awaited_connections": processes,
             "streams": self.connections.dump(),
+            "forwarded_connections": self.forwarded.open(),
         })
         .to_string()
     }

@@ -16,6 +16,8 @@ mod lifecycle;
 mod network;
 mod resources;
 mod software;
+mod streaming;
 mod streams;
 mod terminal;
 mod volumes;
+mod web_socket;
