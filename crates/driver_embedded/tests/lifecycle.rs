@@ -17,7 +17,7 @@ use hypervisor::{
     Disk, DiskAccess, Driver, DriverError, DriverErrorKind, FileSystem, NetworkInterface,
     RunningVm, VmExit, VmSpec,
 };
-use ids::{GuestCid, Mib, VcpuCount, VsockPort};
+use ids::{GuestCid, Limits, Mib, VcpuCount, VsockPort};
 use network_testbed::{Namespace, is_root};
 use pod_network::{Metadata, PodNetwork};
 use virtio_testdriver::{honest, run_back_end};
@@ -73,6 +73,7 @@ fn spec(code: &[u8]) -> VmSpec {
         kernel_arguments: Vec::new(),
         networks: Vec::new(),
         disks: Vec::new(),
+        limits: Limits::default(),
         cid: GuestCid::DEFAULT,
         host_ports: vec![VsockPort(1024)],
         console_log: None,

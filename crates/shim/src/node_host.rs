@@ -121,6 +121,8 @@ impl Host for NodeHost {
     fn plan_pod(&self) -> Result<PodPlan, SandboxError> {
         let bundle = bundle(&self.bundle)?;
         let pod = bundle.pod(&self.config.guest).map_err(spec_error)?;
+        let limits = self.config.limits.limits(&bundle.annotations());
+        let limits = limits.map_err(spec_error)?;
         let scratch = self.store()?.scratch_disk().map_err(storage_error)?;
         let guest = &self.config.guest;
         let mut configure = api::ConfigureSandboxRequest::new();
@@ -163,6 +165,7 @@ impl Host for NodeHost {
             kernel_arguments: guest.kernel_arguments.clone(),
             networks,
             disks: vec![scratch],
+            limits,
             cid: GuestCid::DEFAULT,
             host_ports: vec![CONTROL_PORT],
             console_log: None,

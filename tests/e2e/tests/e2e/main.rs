@@ -13,6 +13,7 @@ mod faults;
 mod host_folders;
 mod isolation;
 mod lifecycle;
+mod limits;
 mod network;
 mod resources;
 mod software;
