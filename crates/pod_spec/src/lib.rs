@@ -17,10 +17,13 @@
 mod bundle;
 mod config;
 mod config_text;
+mod devices;
 mod error;
 mod host_folders;
 mod host_mounts;
 mod mounts;
+mod namespaces;
+mod refusals;
 mod shell;
 mod sizing;
 mod traffic;

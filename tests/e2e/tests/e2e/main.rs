@@ -15,6 +15,7 @@ mod isolation;
 mod lifecycle;
 mod limits;
 mod network;
+mod pod_security;
 mod resources;
 mod software;
 mod streaming;

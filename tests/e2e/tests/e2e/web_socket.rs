@@ -24,10 +24,8 @@ pub(crate) struct WebSocket(TcpStream);
 impl WebSocket {
     /// Opens what `url` names.
     pub(crate) fn open(url: &str) -> Self {
-        let (host, path) = url
-            .strip_prefix("http://")
-            .and_then(|rest| rest.split_once('/'))
-            .unwrap_or_else(|| panic!("{url} is no URL of a stream"));
+        let rest = url.strip_prefix("http://").unwrap();
+        let (host, path) = rest.split_once('/').unwrap();
         let mut socket = TcpStream::connect(host).unwrap();
         socket.set_read_timeout(Some(DEADLINE)).unwrap();
         socket.set_write_timeout(Some(DEADLINE)).unwrap();
@@ -80,10 +78,11 @@ impl WebSocket {
     pub(crate) fn receive_until(&mut self, channel: u8, wanted: &str) -> String {
         let mut text = String::new();
         while !text.contains(wanted) {
-            let (from, bytes) = self
-                .receive()
-                .unwrap_or_else(|| panic!("the end instead of {wanted:?}, after {text:?}"));
-            if from == channel {
+            let message = self.receive();
+            assert!(message.is_some(), "no {wanted:?} after {text:?}");
+            if let Some((from, bytes)) = message
+                && from == channel
+            {
                 text.push_str(&String::from_utf8_lossy(&bytes));
             }
         }
