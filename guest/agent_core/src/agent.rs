@@ -23,11 +23,8 @@ use tokio::sync::watch;
 use crate::Error;
 use crate::error::Context as _;
 use crate::events::Events;
-<<<<<<< HEAD
 use crate::forward::ForwardedPorts;
-=======
 use crate::pid_namespace::PidNamespace;
->>>>>>> integration
 use crate::plan::{ContainerPlan, ExecPlan, SandboxPlan, StdioPlan};
 use crate::stdio::{Connections, Stream, pump_input, pump_output};
 use crate::system::{Gate, Job, Launched, System};
