@@ -70,6 +70,35 @@ impl TaskService {
     }
 }
 
+/// Whether an update was about the pod's limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Limited {
+    Changed,
+    Unchanged,
+}
+
+impl TaskService {
+    /// Changes the pod's limits to what the annotations of an update of one of its containers say.
+    async fn limit(
+        &self,
+        container: &ContainerId,
+        annotations: &HashMap<String, String>,
+    ) -> ttrpc::Result<Limited> {
+        let known = self.sandbox.state(ProcessId::init(container.clone())).await;
+        known.map_err(|error| to_status(&error))?;
+        let limits = self
+            .traffic
+            .update(annotations)
+            .map_err(|error| status(Code::INVALID_ARGUMENT, report(&error)))?;
+        let Some(limits) = limits else {
+            return Ok(Limited::Unchanged);
+        };
+        let set = self.sandbox.set_limits(limits).await;
+        set.map(|()| Limited::Changed)
+            .map_err(|error| to_status(&error))
+    }
+}
+
 fn invalid(error: &InvalidId) -> ttrpc::Error {
     status(Code::INVALID_ARGUMENT, error.to_string())
 }
@@ -411,13 +440,9 @@ impl Task for TaskService {
         request: api::UpdateTaskRequest,
     ) -> ttrpc::Result<api::Empty> {
         let container = container(&request.id)?;
-        let limits = self.traffic.update(&request.annotations);
-        if let Some(limits) =
-            limits.map_err(|error| status(Code::INVALID_ARGUMENT, report(&error)))?
-        {
-            let set = self.sandbox.set_limits(limits).await;
-            set.map_err(|error| to_status(&error))?;
-            if request.resources.is_none() {
+        if !request.annotations.is_empty() {
+            let limited = self.limit(&container, &request.annotations).await?;
+            if limited == Limited::Changed && request.resources.is_none() {
                 return Ok(api::Empty::new());
             }
         }

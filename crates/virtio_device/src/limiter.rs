@@ -19,7 +19,7 @@
 //! [`Limiter::wait`] before each frame or request, says [`crate::Progress::Later`] while it must wait, and tells
 //! [`Limiter::took`] afterwards.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -98,6 +98,7 @@ fn from_picoseconds(picoseconds: u128) -> Duration {
 pub struct Limiter {
     epoch: Instant,
     limited: AtomicBool,
+    waits: AtomicU64,
     buckets: Mutex<Buckets>,
 }
 
@@ -112,6 +113,7 @@ impl Default for Limiter {
         Self {
             epoch: Instant::now(),
             limited: AtomicBool::new(false),
+            waits: AtomicU64::new(0),
             buckets: Mutex::default(),
         }
     }
@@ -136,7 +138,16 @@ impl Limiter {
         let now = self.epoch.elapsed();
         let buckets = self.buckets();
         let wait = |bucket: &Option<Bucket>| bucket.as_ref().and_then(|bucket| bucket.wait(now));
-        wait(&buckets.bytes).max(wait(&buckets.operations))
+        let wait = wait(&buckets.bytes).max(wait(&buckets.operations));
+        if wait.is_some() {
+            self.waits.fetch_add(1, Ordering::Relaxed);
+        }
+        wait
+    }
+
+    /// How often somebody was told to wait.
+    pub fn waits(&self) -> u64 {
+        self.waits.load(Ordering::Relaxed)
     }
 
     /// One frame or request of so many bytes has passed.

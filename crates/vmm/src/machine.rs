@@ -350,6 +350,11 @@ impl Machine {
             "exits": exits,
             "stray_accesses": self.bus.stray_accesses.get(),
             "devices": devices,
+            "waits_for_limits": {
+                "ingress": self.limiters.net.ingress.waits(),
+                "egress": self.limiters.net.egress.waits(),
+                "disk": self.limiters.disk.waits(),
+            },
             "vsock_connections": connections,
             "vsock": vsock,
         })

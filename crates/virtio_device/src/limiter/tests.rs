@@ -120,8 +120,10 @@ fn limiter_without_a_limit_never_waits_and_both_rates_of_one_hold() {
     });
     limiter.took(100);
     assert!(limiter.wait().unwrap() > 50 * SECOND);
+    assert_eq!(limiter.waits(), 2);
     limiter.set(Limit::default());
     assert_eq!(limiter.wait(), None);
+    assert_eq!(limiter.waits(), 2);
 }
 
 proptest! {
