@@ -42,6 +42,7 @@ impl Host for FakeHost {
         Ok(PodPlan {
             vm,
             configure: api::ConfigureSandboxRequest::new(),
+            loopback: None,
             guard: Box::new(()),
         })
     }

@@ -36,6 +36,7 @@ mod start;
 mod state_dir;
 mod status;
 mod task_service;
+mod traffic;
 
 pub use node_host::NodeHost;
 pub use run::{Roots, run};

@@ -121,6 +121,8 @@ impl Host for NodeHost {
     fn plan_pod(&self) -> Result<PodPlan, SandboxError> {
         let bundle = bundle(&self.bundle)?;
         let pod = bundle.pod(&self.config.guest).map_err(spec_error)?;
+        let limits = self.config.limits.limits(&bundle.annotations());
+        let limits = limits.map_err(spec_error)?;
         let scratch = self.store()?.scratch_disk().map_err(storage_error)?;
         let guest = &self.config.guest;
         let mut configure = api::ConfigureSandboxRequest::new();
@@ -139,13 +141,19 @@ impl Host for NodeHost {
         let initramfs = open("guest.initramfs", &guest.initramfs)?;
         // Last: whatever fails before has nothing to undo.
         let metadata = self.config.network.metadata_service;
-        let (networks, guard) = match bundle.network_namespace() {
-            None => (Vec::new(), nothing_to_undo()),
+        let (networks, loopback, guard) = match bundle.network_namespace() {
+            None => (Vec::new(), None, nothing_to_undo()),
             Some(namespace) => {
                 let joined = network::join(namespace, metadata)?;
                 configure.interfaces = joined.interfaces;
                 configure.rules = joined.rules;
-                (joined.cards, Box::new(joined.guard) as Box<dyn Any + Send>)
+                let (loopback, redirection) = network::take_loopback(namespace).unzip();
+                let guard = (redirection, joined.guard);
+                (
+                    joined.cards,
+                    loopback,
+                    Box::new(guard) as Box<dyn Any + Send>,
+                )
             }
         };
         let vm = VmSpec {
@@ -157,6 +165,7 @@ impl Host for NodeHost {
             kernel_arguments: guest.kernel_arguments.clone(),
             networks,
             disks: vec![scratch],
+            limits,
             cid: GuestCid::DEFAULT,
             host_ports: vec![CONTROL_PORT],
             console_log: None,
@@ -164,6 +173,7 @@ impl Host for NodeHost {
         Ok(PodPlan {
             vm,
             configure,
+            loopback,
             guard,
         })
     }

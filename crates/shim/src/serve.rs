@@ -36,9 +36,10 @@ use crate::process::ProcessIdentity;
 use crate::publisher::{Patience, Publisher};
 use crate::run::{Roots, bundle};
 use crate::socket::remove_socket;
-use crate::start::{TTRPC_ADDRESS, read_config};
+use crate::start::{TTRPC_ADDRESS, read_bundle, read_config};
 use crate::state_dir::StateDir;
 use crate::task_service::TaskService;
+use crate::traffic::PodTraffic;
 
 /// How long a sandbox may stand without its first container. containerd creates it as soon as `start` has answered.
 const FIRST_TASK_LIMIT: Duration = Duration::from_secs(30);
@@ -194,10 +195,15 @@ impl Shim<'_> {
             deadlines: parts.deadlines,
             file_server: self.config.file_server.path.clone(),
         });
+        // A bundle that cannot be read fails the create, which says so.
+        let annotations = read_bundle(&self.bundle).ok().flatten();
+        let annotations = annotations.map(|bundle| bundle.annotations());
+        let traffic = PodTraffic::new(self.config.limits, annotations.unwrap_or_default());
         let mut server = Server::new()
             .add_listener(Listener::try_from(listener).map_err(server_error)?)
             .register_service(
-                TaskService::new(sandbox.clone(), Arc::clone(&self.operator.shells)).services(),
+                TaskService::new(sandbox.clone(), Arc::clone(&self.operator.shells), traffic)
+                    .services(),
             )
             .register_service(InspectService::services(sandbox.clone(), self.operator));
         server

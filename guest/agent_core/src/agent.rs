@@ -24,6 +24,7 @@ use crate::Error;
 use crate::clock::Clock;
 use crate::error::Context as _;
 use crate::events::Events;
+use crate::forward::ForwardedPorts;
 use crate::pid_namespace::PidNamespace;
 use crate::plan::{ContainerPlan, ExecPlan, SandboxPlan, StdioPlan};
 use crate::stdio::{Connections, Stream, pump_input, pump_output};
@@ -47,6 +48,7 @@ pub struct Agent<S> {
     table: Mutex<Table>,
     events: Arc<Events>,
     connections: Arc<Connections>,
+    forwarded: Arc<ForwardedPorts>,
     configured: Mutex<bool>,
     clock: Mutex<Clock>,
 }
@@ -68,6 +70,7 @@ impl<S: System> Agent<S> {
             table: Mutex::default(),
             events: Arc::default(),
             connections: Arc::default(),
+            forwarded: Arc::default(),
             configured: Mutex::default(),
             clock: Mutex::default(),
         })
@@ -76,6 +79,11 @@ impl<S: System> Agent<S> {
     /// Where new stdio connections go.
     pub fn connections(&self) -> &Arc<Connections> {
         &self.connections
+    }
+
+    /// Where new connections to the pod's loopback go.
+    pub fn forwarded(&self) -> &Arc<ForwardedPorts> {
+        &self.forwarded
     }
 
     /// What has happened.
@@ -404,6 +412,7 @@ impl<S: System> Agent<S> {
             "unclaimed_connections": connections,
             "awaited_connections": processes,
             "streams": self.connections.dump(),
+            "forwarded_connections": self.forwarded.open(),
         })
         .to_string()
     }

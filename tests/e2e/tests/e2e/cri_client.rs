@@ -381,16 +381,58 @@ impl Kubelet {
         self.pods.clear();
     }
 
+    /// Where a port of a pod is forwarded to.
+    pub(crate) fn port_forward(&self, pod: &Pod, port: u16) -> String {
+        let request = v1::PortForwardRequest {
+            pod_sandbox_id: pod.id.clone(),
+            port: vec![i32::from(port)],
+        };
+        call!(self, port_forward, request).unwrap().url
+    }
+
+    /// Where a command in a container is reached, with a terminal.
+    pub(crate) fn exec_url(&self, container: &str, command: &[&str]) -> String {
+        let request = v1::ExecRequest {
+            container_id: container.to_owned(),
+            cmd: command.iter().map(|word| (*word).to_owned()).collect(),
+            tty: true,
+            stdin: true,
+            stdout: true,
+            stderr: false,
+        };
+        call!(self, exec, request).unwrap().url
+    }
+
+    /// Where a container's own input and output are reached.
+    pub(crate) fn attach_url(&self, container: &str) -> String {
+        let request = v1::AttachRequest {
+            container_id: container.to_owned(),
+            tty: false,
+            stdin: true,
+            stdout: true,
+            stderr: true,
+        };
+        call!(self, attach, request).unwrap().url
+    }
+
+    /// Renames a container's log and has a new one begun. What the old one has, as [`Self::log`] gives it.
+    pub(crate) fn rotate_log(&self, container: &str, name: &str, attempt: u32) -> String {
+        let log = self.logs.join(format!("{name}_{attempt}.log"));
+        let old = self.logs.join("rotated.log");
+        fs::rename(&log, &old).unwrap();
+        let request = v1::ReopenContainerLogRequest {
+            container_id: container.to_owned(),
+        };
+        call!(self, reopen_container_log, request).unwrap();
+        // Nothing is written to the old one once the call has answered.
+        lines_of(&fs::read_to_string(old).unwrap(), "stdout")
+    }
+
     /// The lines that a container logged to `stream`, without CRI's time stamps and tags.
     pub(crate) fn log(&self, name: &str, attempt: u32, stream: &str) -> String {
         let text =
             fs::read_to_string(self.logs.join(format!("{name}_{attempt}.log"))).unwrap_or_default();
-        let of_stream = |line: &str| {
-            let mut fields = line.splitn(4, ' ');
-            (fields.nth(1) == Some(stream))
-                .then(|| fields.nth(1).unwrap_or_default().to_owned() + "\n")
-        };
-        text.lines().filter_map(of_stream).collect()
+        lines_of(&text, stream)
     }
 }
 
@@ -415,6 +457,15 @@ impl Drop for Kubelet {
         }
         let _ = fs::remove_dir_all(&self.logs);
     }
+}
+
+/// A log's lines of one stream, without CRI's time stamps and tags.
+fn lines_of(log: &str, stream: &str) -> String {
+    let of_stream = |line: &str| {
+        let mut fields = line.splitn(4, ' ');
+        (fields.nth(1) == Some(stream)).then(|| fields.nth(1).unwrap_or_default().to_owned() + "\n")
+    };
+    log.lines().filter_map(of_stream).collect()
 }
 
 /// A kubelet's default: pod-wide network and ipc, a pid namespace for each container.

@@ -509,10 +509,10 @@ while True:
             raise SystemExit
 ";
 
-const PYTHON: &str = "coffer.test/python:latest";
+pub(crate) const PYTHON: &str = "coffer.test/python:latest";
 
 /// The image with Python, for CRI too.
-fn import_python() {
+pub(crate) fn import_python() {
     let pass = format!("ctr -n default images export - {PYTHON} | ctr -n k8s.io images import -");
     run("sh", &["-c", &pass]).success();
 }
