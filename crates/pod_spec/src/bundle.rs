@@ -14,7 +14,7 @@ use crate::error::SpecError;
 use crate::host_folders::HostFolder;
 use crate::host_mounts::HostMounts;
 use crate::mounts;
-use crate::sizing::{Limits, VmSize};
+use crate::sizing::{Limits, PodSize, VmSize};
 use crate::translate;
 use crate::volumes::{EmptyDir, LiveVolume, WriteBack};
 
@@ -42,8 +42,8 @@ pub enum Role {
 /// What the VM of a pod is like.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodSpec {
-    /// Its virtual CPUs and memory.
-    pub size: VmSize,
+    /// Its virtual CPUs and memory, and what they can become.
+    pub size: PodSize,
     /// The guest's host name; `None` keeps the kernel's.
     pub hostname: Option<String>,
     /// Sysctls that the guest's own namespaces get.
@@ -65,6 +65,8 @@ pub struct ContainerSpec {
     pub empty_dirs: Vec<EmptyDir>,
     /// The parts of them that it mounts.
     pub sub_paths: Vec<SubPath>,
+    /// What it may use.
+    pub limits: Limits,
     /// The host's own directories that the container mounts, each once.
     pub host_folders: Vec<HostFolder>,
     /// The root file system on the host, relative to the bundle or absolute: where it is if containerd hands over no
@@ -171,11 +173,11 @@ impl Bundle {
             .unwrap_or(false)
     }
 
-    /// The VM of the pod whose first container this is.
+    /// The VM of the pod whose first container this is, on a node of this size.
     ///
     /// # Errors
     /// [`SpecError::HostNamespace`], [`SpecError::TooLarge`] or [`SpecError::Annotation`].
-    pub fn pod(&self, guest: &Guest) -> Result<PodSpec, SpecError> {
+    pub fn pod(&self, guest: &Guest, node: VmSize) -> Result<PodSpec, SpecError> {
         let linux = self.spec.linux().as_ref();
         let namespaces = linux.and_then(|linux| linux.namespaces().as_deref());
         translate::refuse_host_namespaces(namespaces.unwrap_or_default())?;
@@ -192,7 +194,7 @@ impl Bundle {
             .and_then(|linux| linux.sysctl().clone())
             .unwrap_or_default();
         Ok(PodSpec {
-            size: limits.vm_size(guest)?,
+            size: limits.pod_size(guest, node)?,
             hostname: self.spec.hostname().clone().filter(|name| !name.is_empty()),
             sysctls: sysctls.into_iter().collect(),
             shm: DEFAULT_SHM,

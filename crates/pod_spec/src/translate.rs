@@ -14,6 +14,7 @@ use crate::bundle::{ContainerSpec, MAX_SPEC_BYTES, Role};
 use crate::error::SpecError;
 use crate::host_mounts::HostMounts;
 use crate::mounts;
+use crate::sizing::Limits;
 
 /// Profiles that containerd sets for every container of a node with AppArmor, or that mean "none".
 const DEFAULT_APPARMOR: [&str; 3] = ["", "unconfined", "cri-containerd.apparmor.d"];
@@ -59,9 +60,12 @@ pub(crate) fn container(
     spec.set_hostname(None);
     spec.set_domainname(None);
     spec.set_annotations(None);
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let limits = Limits::from_resources(resources);
     let guest_spec = serde_json::to_vec(&spec).map_err(SpecError::Json)?;
     Ok(ContainerSpec {
         guest_spec,
+        limits,
         copies: needs.copies,
         live: needs.live,
         empty_dirs: needs.empty_dirs,

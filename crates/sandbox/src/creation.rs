@@ -31,6 +31,8 @@ pub(crate) struct Creation {
     pub(crate) generation: Generation,
     pub(crate) io: Arc<ProcessIo>,
     pub(crate) abort: watch::Receiver<bool>,
+    /// The VM's size counts its limits.
+    pub(crate) admitted: bool,
 }
 
 impl Creation {
@@ -50,9 +52,10 @@ impl Creation {
             Err(error) => Err(error),
         };
         if result.is_err()
-            && !shares.is_empty()
+            && (self.admitted || !shares.is_empty())
             && let Ok(guest) = vm::ready(self.shared.vm.subscribe()).await
         {
+            guest.sizing.forget(self.task.container.clone());
             for serial in shares {
                 guest.disks.detach(serial).await;
             }
@@ -85,6 +88,7 @@ impl Creation {
         let (request, host, written_back) = phase(self.of(), "attach", async {
             let GuestContainer {
                 spec_json,
+                limits,
                 rootfs,
                 copied_mounts,
                 written_back,
@@ -93,6 +97,11 @@ impl Creation {
                 sub_paths,
                 host_folders,
             } = container;
+            if let Some(limits) = limits {
+                self.admitted = true;
+                let id = self.task.container.clone();
+                guest.sizing.admit(id, limits).await?;
+            }
             for volume in live {
                 guest.live.put(volume).await?;
             }

@@ -8,6 +8,7 @@ mod cgroup;
 mod copied;
 mod device_program;
 mod disk;
+mod hardware;
 mod host_folders;
 mod huge_pages;
 mod mount;
