@@ -13,7 +13,8 @@ use async_trait::async_trait;
 use futures::StreamExt;
 use hypervisor::{
     AttachedDisk, AttachedFileSystem, Capabilities, Disk, Driver, DriverError, DriverErrorKind,
-    FileSystem, NetworkInterface, Resize, Resized, RunningVm, VmExit, VmProcesses, VmSpec, VmTarget,
+    FileSystem, NetworkInterface, Resize, Resized, RunningVm, VmExit, VmProcesses, VmSpec,
+    VmTarget,
 };
 use ids::{DiskSerial, VsockPort};
 use tokio::io::AsyncWriteExt;

@@ -81,20 +81,20 @@ impl Ledger {
             ..
         } = self.size;
         VmSize {
-            vcpus: self.vcpus().unwrap_or(started_with.vcpus).min(largest.vcpus),
+            vcpus: self
+                .vcpus()
+                .unwrap_or(started_with.vcpus)
+                .min(largest.vcpus),
             memory: self.memory().clamp(MIN_VM_MEMORY, largest.memory),
         }
     }
 
-    /// The most that the VM can become.
-    #[must_use]
-    pub fn largest(&self) -> VmSize {
-        self.size.largest
-    }
-
     /// Whether a sum over all containers says what the pod may use.
     fn all<T>(&self, limit: impl Fn(&Limits) -> Option<T>) -> bool {
-        let all = self.containers.values().all(|limits| limit(limits).is_some());
+        let all = self
+            .containers
+            .values()
+            .all(|limits| limit(limits).is_some());
         self.updated && all && !self.containers.is_empty()
     }
 
@@ -229,7 +229,8 @@ mod tests {
         let memory = ResourceUpdate::parse(br#"{"memory":{"limit":1073741824}}"#).unwrap();
         ledger.update(&id("a"), &memory.limit_changes());
         assert_eq!(ledger.wanted(), size(3, 1088));
-        let neither = ResourceUpdate::parse(br#"{"memory":{"limit":0},"pids":{"limit":5}}"#).unwrap();
+        let neither =
+            ResourceUpdate::parse(br#"{"memory":{"limit":0},"pids":{"limit":5}}"#).unwrap();
         ledger.update(&id("a"), &neither.limit_changes());
         assert_eq!(ledger.wanted(), size(3, 1088));
     }

@@ -30,7 +30,8 @@ mod volumes;
 
 pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role, SubPath};
 pub use config::{
-    Debug, FileServer, Guest, Log, LogLevel, MIN_VM_MEMORY, MetadataService, Network, RuntimeConfig, Storage, Vmm,
+    Debug, FileServer, Guest, Log, LogLevel, MIN_VM_MEMORY, MetadataService, Network,
+    RuntimeConfig, Storage, Vmm,
 };
 pub use config_text::{ConfigError, ConfigMistake};
 pub use error::SpecError;

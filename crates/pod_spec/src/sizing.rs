@@ -229,7 +229,11 @@ mod tests {
         };
         let largest = |node| Limits::default().pod_size(&guest(), node).unwrap().largest;
         assert_eq!(largest(size(2, 2048)), size(2, 2048));
-        assert_eq!(largest(size(1, 64)), size(1, 512), "not less than at the start");
+        assert_eq!(
+            largest(size(1, 64)),
+            size(1, 512),
+            "not less than at the start"
+        );
         let spare = guest().spare_vcpus;
         assert_eq!(largest(size(200, 1 << 20)), size(1 + spare, 4096));
         let large = Limits {

@@ -60,7 +60,10 @@ pub(crate) fn container(
     spec.set_hostname(None);
     spec.set_domainname(None);
     spec.set_annotations(None);
-    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let resources = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.resources().as_ref());
     let limits = Limits::from_resources(resources);
     let guest_spec = serde_json::to_vec(&spec).map_err(SpecError::Json)?;
     Ok(ContainerSpec {

@@ -27,7 +27,9 @@ impl LimitChanges {
         let cpu = resources.cpu().as_ref();
         let cpu = cpu.filter(|cpu| cpu.quota().is_some() || cpu.period().is_some());
         let memory = resources.memory().as_ref();
-        let memory = memory.and_then(|memory| memory.limit()).filter(|limit| *limit != 0);
+        let memory = memory
+            .and_then(|memory| memory.limit())
+            .filter(|limit| *limit != 0);
         Self {
             cpu: cpu.map(|_| limits.cpu),
             memory: memory.map(|_| limits.memory),

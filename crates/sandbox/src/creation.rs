@@ -85,10 +85,15 @@ impl Creation {
             ContainerKind::Guest(container) => *container,
         };
         let guest = vm::ready(self.shared.vm.subscribe()).await?;
+        if let Some(limits) = container.limits {
+            self.admitted = true;
+            let id = self.task.container.clone();
+            guest.sizing.admit(id, limits).await?;
+        }
         let (request, host, written_back) = phase(self.of(), "attach", async {
             let GuestContainer {
                 spec_json,
-                limits,
+                limits: _,
                 rootfs,
                 copied_mounts,
                 written_back,
@@ -97,11 +102,6 @@ impl Creation {
                 sub_paths,
                 host_folders,
             } = container;
-            if let Some(limits) = limits {
-                self.admitted = true;
-                let id = self.task.container.clone();
-                guest.sizing.admit(id, limits).await?;
-            }
             for volume in live {
                 guest.live.put(volume).await?;
             }

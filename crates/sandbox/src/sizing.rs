@@ -124,7 +124,8 @@ impl Sizing {
         role: Role,
         update: ResourceUpdate,
     ) -> Result<(), SandboxError> {
-        self.ask(|reply| Wish::Update(id, role, update, reply)).await
+        self.ask(|reply| Wish::Update(id, role, update, reply))
+            .await
     }
 
     /// A container is gone.

@@ -27,7 +27,7 @@ const MARK: &str = "trusted.coffer";
 const EMPTY_LIMIT: Duration = Duration::from_millis(500);
 
 /// cgroup v1 has no word for "no limit" but a number as large as it can count, less than a page.
-const NO_LIMIT_V1: u64 = (i64::MAX as u64) & !0xffff;
+const NO_LIMIT_V1: u64 = 0x7fff_ffff_ffff_0000;
 
 /// How often it looks.
 const EMPTY_POLL: Duration = Duration::from_millis(5);

@@ -55,8 +55,7 @@ impl NodeHost {
             let message = format!(
                 "the pod's cgroup leaves its VM {} MiB of memory, and no VM starts with less than {}: raise the pod's \
                  limits or its RuntimeClass's overhead",
-                limit.0,
-                MIN_VM_MEMORY.0
+                limit.0, MIN_VM_MEMORY.0
             );
             SandboxError::new(SandboxErrorKind::ResourceExhausted, message)
         };

@@ -212,7 +212,10 @@ mod tests {
         let one = pluggable(Mib(512), Mib(513));
         assert_eq!((one.start, one.end), (4 << 30, (4 << 30) + SLOT_BYTES));
         let large = pluggable(Mib(5000), Mib(10_000));
-        assert_eq!((large.start, large.end - large.start), (6 << 30, 40 * SLOT_BYTES));
+        assert_eq!(
+            (large.start, large.end - large.start),
+            (6 << 30, 40 * SLOT_BYTES)
+        );
         let most = pluggable(Mib(512), MAX_MEMORY);
         assert_eq!(most.end, 1 << 40);
         assert!(pluggable(MAX_MEMORY, MAX_MEMORY).is_empty());

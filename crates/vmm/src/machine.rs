@@ -156,7 +156,10 @@ impl Machine {
         let vsock = vsock(config, resources.vsock, resources.host_ports)?;
         let backing = BackingSwitch::new(Backing::Private);
         let release = MemoryRelease::new(memory.clone(), backing.clone());
-        let balloon = Balloon::new(ids::Bytes::from(Mib(config.memory_mib)).0, Arc::new(release));
+        let balloon = Balloon::new(
+            ids::Bytes::from(Mib(config.memory_mib)).0,
+            Arc::new(release),
+        );
         let last_window = windows.saturating_sub(1);
         let resizing = Resizing::new(
             config,

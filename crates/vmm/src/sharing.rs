@@ -99,9 +99,9 @@ pub(crate) fn share(memory: &GuestMemoryMmap, target: &Target<'_>) -> Result<(),
     }
     for region in memory.iter() {
         let start = region.start_addr().0;
-        let place = regions
-            .iter()
-            .find(|place| (place.address..place.address.saturating_add(place.len)).contains(&start));
+        let place = regions.iter().find(|place| {
+            (place.address..place.address.saturating_add(place.len)).contains(&start)
+        });
         let into = place.map_or(0, |place| start.saturating_sub(place.address));
         let region = Region {
             address: start,

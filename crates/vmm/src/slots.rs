@@ -6,10 +6,7 @@
 //! A slot is one mapping, one memory slot of KVM's and one region in the devices' view, and they come and go together:
 //! the mapping belongs to the region, so it is unmapped when the last device that took the view before has let go of it.
 //! A vCPU that touches what is in no slot leaves the guest as it does for any address without memory.
-#![expect(
-    unsafe_code,
-    reason = "gives KVM the addresses of guest memory"
-)]
+#![expect(unsafe_code, reason = "gives KVM the addresses of guest memory")]
 
 use std::fs::File;
 use std::io;
@@ -19,9 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use virtio_device::mem::{MemorySlots, SLOT_BYTES};
-use vm_memory::{
-    FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap,
-};
+use vm_memory::{FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::devices::Memory;
 use crate::memory::{self, Pages};

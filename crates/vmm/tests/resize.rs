@@ -2,7 +2,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! VMs that are resized, with a guest of a few instructions, in a jailed VMM. Needs `/dev/kvm`.
-#![expect(clippy::unwrap_used, clippy::panic, reason = "helpers outside the test functions")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers outside the test functions"
+)]
 
 mod common;
 
@@ -81,7 +85,14 @@ fn plugging(requests: &[(u32, u32, u32)]) -> Vec<u8> {
     code.register(registers::QUEUE_READY, 1);
     code.register(registers::STATUS, 15);
     // Descriptors: address, length, flags and the next one's index.
-    for (at, value) in [(0, REQUEST), (8, 24), (12, 1 | 1 << 16), (16, ANSWER), (24, 10), (28, 2)] {
+    for (at, value) in [
+        (0, REQUEST),
+        (8, 24),
+        (12, 1 | 1 << 16),
+        (16, ANSWER),
+        (24, 10),
+        (28, 2),
+    ] {
         code.write(DESCRIPTORS + at, value);
     }
     for (index, (kind, block, blocks)) in (1u32..).zip(requests.iter().copied()) {

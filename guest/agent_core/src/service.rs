@@ -12,9 +12,7 @@ use async_trait::async_trait;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::agent::Agent;
-use crate::plan::{
-    ContainerPlan, ExecPlan, SandboxPlan, container_id, device_name, process_key,
-};
+use crate::plan::{ContainerPlan, ExecPlan, SandboxPlan, container_id, device_name, process_key};
 use crate::system::System;
 use crate::volume_plan::PutPlan;
 use crate::{Code, Error};

@@ -8,8 +8,8 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex};
 
 use agent_core::{
-    Agent, Cgroups, Code, ContainerPlan, Error, ExecPlan, FileEnd, Files, Gate, Hardware, Job, Launched,
-    PutPlan, RootfsPlan, SandboxPlan, StdioPlan, System,
+    Agent, Cgroups, Code, ContainerPlan, Error, ExecPlan, FileEnd, Files, Gate, Hardware, Job,
+    Launched, PutPlan, RootfsPlan, SandboxPlan, StdioPlan, System,
 };
 use agent_proto::{ProcessKey, api};
 use ids::{ContainerId, Generation};

@@ -111,7 +111,9 @@ async fn guest_that_does_not_take_the_memory_fails_the_update_and_keeps_its_size
     let error = update(&pod, "web", 1000, 512).await.unwrap_err();
     assert_eq!(error.kind(), SandboxErrorKind::ResourceExhausted);
     assert!(
-        error.report().contains("of 1 vCPUs and 576 MiB of memory the guest has taken 1 and 200"),
+        error
+            .report()
+            .contains("of 1 vCPUs and 576 MiB of memory the guest has taken 1 and 200"),
         "{error}"
     );
     assert_eq!(pod.vm().size(), (1, 128));

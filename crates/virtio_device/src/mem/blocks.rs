@@ -86,7 +86,8 @@ impl Blocks {
             let from = first.saturating_sub(base);
             let to = end.saturating_sub(base).min(BLOCKS_PER_SLOT);
             let count = to.saturating_sub(from);
-            let mask = u64::MAX.checked_shr(u32::try_from(BLOCKS_PER_SLOT.saturating_sub(count)).ok()?)?;
+            let mask =
+                u64::MAX.checked_shr(u32::try_from(BLOCKS_PER_SLOT.saturating_sub(count)).ok()?)?;
             Some(Part {
                 slot: usize::try_from(slot).ok()?,
                 mask: mask.checked_shl(u32::try_from(from).ok()?)?,
@@ -169,7 +170,11 @@ impl Blocks {
         let mut next = 0;
         for (slot, blocks) in present {
             let slot = usize::try_from(*slot).unwrap_or(usize::MAX);
-            let Some(word) = self.words.get_mut(slot).filter(|_| slot >= next && *blocks != 0) else {
+            let Some(word) = self
+                .words
+                .get_mut(slot)
+                .filter(|_| slot >= next && *blocks != 0)
+            else {
                 return false;
             };
             *word = *blocks;
@@ -221,7 +226,14 @@ mod tests {
             addr: u64::MAX & !(BLOCK_BYTES - 1),
             blocks: u16::MAX,
         };
-        for bad in [unaligned, below, far, range(0, 0), range(255, 2), range(256, 1)] {
+        for bad in [
+            unaligned,
+            below,
+            far,
+            range(0, 0),
+            range(255, 2),
+            range(256, 1),
+        ] {
             assert_eq!(all.plan_plug(bad, u64::MAX), Err(MemResponse::Error));
             assert_eq!(all.unplug(bad), Err(MemResponse::Error));
             assert_eq!(all.state(bad), MemResponse::Error);

@@ -198,9 +198,8 @@ impl Mem {
         if !new.load(present) {
             return Err(bad("it has plugged blocks where there can be none"));
         }
-        let slots = |of: &Blocks| -> Vec<u64> {
-            of.present().map(|(slot, _)| of.address(slot)).collect()
-        };
+        let slots =
+            |of: &Blocks| -> Vec<u64> { of.present().map(|(slot, _)| of.address(slot)).collect() };
         let (before, after) = (slots(&blocks), slots(&new));
         let missing = |from: &[u64], of: &[u64]| -> Vec<u64> {
             let absent = of.iter().copied().filter(|addr| !from.contains(addr));

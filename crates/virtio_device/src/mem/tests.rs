@@ -37,7 +37,12 @@ struct Host {
 
 impl MemorySlots for Host {
     fn add(&self, addr: GuestAddress) -> io::Result<()> {
-        if self.full_from.lock().unwrap().is_some_and(|full| addr.0 >= full) {
+        if self
+            .full_from
+            .lock()
+            .unwrap()
+            .is_some_and(|full| addr.0 >= full)
+        {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         assert!(self.slots.lock().unwrap().insert(addr.0), "made twice");
@@ -177,7 +182,14 @@ fn memory_comes_with_the_first_block_of_a_slot_and_goes_with_the_last() {
     assert_eq!((rig.unplug(0, 1), rig.slots()), (ACK, 1));
     assert_eq!((rig.unplug(64, 1), rig.slots()), (ACK, 0));
     assert_eq!((handle.plugged(), rig.config(5)), (0, 0));
-    let released: u64 = rig.host.released.lock().unwrap().iter().map(|(_, len)| len).sum();
+    let released: u64 = rig
+        .host
+        .released
+        .lock()
+        .unwrap()
+        .iter()
+        .map(|(_, len)| len)
+        .sum();
     assert_eq!(released, SLOT_BYTES + BLOCK_BYTES);
     assert_eq!(rig.counter("unplugged_bytes"), released);
 }
@@ -209,7 +221,11 @@ fn wrong_requests_change_nothing() {
     assert_eq!(rig.host.released.lock().unwrap().len(), 0);
     let state = |rig: &mut Rig, block, blocks| rig.ask(MemRequest::State(range(block, blocks)))[8];
     assert_eq!(
-        [state(&mut rig, 1, 2), state(&mut rig, 3, 9), state(&mut rig, 0, 2)],
+        [
+            state(&mut rig, 1, 2),
+            state(&mut rig, 3, 9),
+            state(&mut rig, 0, 2)
+        ],
         [0, 1, 2]
     );
 }
@@ -276,7 +292,8 @@ fn impossible_states_are_refused_and_leave_nothing() {
         (0, "[[1,1],[1,2]]"),
     ] {
         let host = Arc::<Host>::default();
-        let text = format!(r#"{{"Mem":{{"version":1,"requested":{requested},"plugged":{plugged}}}}}"#);
+        let text =
+            format!(r#"{{"Mem":{{"version":1,"requested":{requested},"plugged":{plugged}}}}}"#);
         let state: DeviceState = serde_json::from_str(&text).unwrap();
         let mut device = device(&host);
         VirtioDevice::<Space>::restore(&mut device, &state).unwrap_err();

@@ -9,8 +9,8 @@ use crate::{VmmError, layout};
 
 /// What every guest gets, and why.
 const ARGUMENTS: &[&str] = &[
-    "console=hvc0",                          // the virtio console
-    "quiet",                                 // each line of boot log is an exit
+    "console=hvc0",                              // the virtio console
+    "quiet",                                     // each line of boot log is an exit
     "reboot=t",       // a triple fault ends the VM at once; nothing else is there to ask
     "panic=-1",       // reboot at once, so that a panic ends the VM too
     "acpi=off",       // no tables: the MP table names the CPUs, the next lines the devices
@@ -82,10 +82,14 @@ mod tests {
 
     #[test]
     fn most_devices_fit_and_a_line_past_the_cap_does_not() {
-        let most = build(layout::MAX_DEVICES, VcpuCount::ONE, "").unwrap().len();
+        let most = build(layout::MAX_DEVICES, VcpuCount::ONE, "")
+            .unwrap()
+            .len();
         let room = layout::MAX_COMMAND_LINE_BYTES - most - 1;
         assert_eq!(
-            build(layout::MAX_DEVICES, VcpuCount::ONE, &"a".repeat(room)).unwrap().len(),
+            build(layout::MAX_DEVICES, VcpuCount::ONE, &"a".repeat(room))
+                .unwrap()
+                .len(),
             layout::MAX_COMMAND_LINE_BYTES
         );
         assert!(build(layout::MAX_DEVICES, VcpuCount::ONE, &"a".repeat(room + 1)).is_err());

@@ -35,7 +35,12 @@ fn set_online(processors: &Path, wanted: u32) -> Result<u32, Error> {
     for number in numbers.iter().copied().filter(|number| *number < wanted) {
         bring(&state(number), "1").step(|| format!("bringing vCPU {number} up"))?;
     }
-    for number in numbers.iter().rev().copied().filter(|number| *number >= wanted) {
+    for number in numbers
+        .iter()
+        .rev()
+        .copied()
+        .filter(|number| *number >= wanted)
+    {
         if let Err(error) = bring(&state(number), "0") {
             crate::log::warn(&format!("vCPU {number} stays up: {error}"));
         }
@@ -48,7 +53,14 @@ fn set_online(processors: &Path, wanted: u32) -> Result<u32, Error> {
 fn numbers(processors: &Path) -> io::Result<Vec<u32>> {
     let mut numbers: Vec<u32> = fs::read_dir(processors)?
         .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("cpu")?.parse().ok())
+        .filter_map(|entry| {
+            entry
+                .file_name()
+                .to_str()?
+                .strip_prefix("cpu")?
+                .parse()
+                .ok()
+        })
         .collect();
     numbers.sort_unstable();
     Ok(numbers)
@@ -96,7 +108,11 @@ mod tests {
         assert_eq!([state(1), state(2), state(3)], ["1", "1", "0"]);
         assert_eq!(set_online(folder.path(), 1).unwrap(), 1);
         assert_eq!([state(1), state(2), state(3)], ["0", "0", "0"]);
-        assert_eq!(set_online(folder.path(), 9).unwrap(), 4, "there are no more");
+        assert_eq!(
+            set_online(folder.path(), 9).unwrap(),
+            4,
+            "there are no more"
+        );
     }
 
     #[test]

@@ -36,8 +36,8 @@ fn start(kubelet: &mut Kubelet, name: &str, memory: i64, quota: i64) -> (Pod, St
 
 fn number(kubelet: &Kubelet, container: &str, script: &str) -> i64 {
     let executed = kubelet.exec(container, &sh(script));
-    let number = executed.stdout.trim().parse();
-    number.unwrap_or_else(|_| panic!("{executed:?}"))
+    assert_eq!(executed.code, 0, "{executed:?}");
+    executed.stdout.trim().parse().unwrap()
 }
 
 fn processors(kubelet: &Kubelet, container: &str) -> i64 {
@@ -73,7 +73,10 @@ fn processors_come_and_go_with_the_cpu_limit() {
     // The node has two.
     let refused = kubelet.update(&container, resources(0, 300_000));
     let message = refused.err().unwrap().message().to_owned();
-    assert!(message.contains("make the pod anew with larger limits"), "{message}");
+    assert!(
+        message.contains("make the pod anew with larger limits"),
+        "{message}"
+    );
     assert_eq!(processors(&kubelet, &container), 1);
 }
 
@@ -89,9 +92,15 @@ fn memory_comes_and_goes_with_the_memory_limit() {
 
     kubelet.update(&container, resources(512 * MIB, 0)).unwrap();
     let grown = memory(&kubelet, &container);
-    assert!((440..=460).contains(&(grown - at_start)), "{at_start} {grown}");
+    assert!(
+        (440..=460).contains(&(grown - at_start)),
+        "{at_start} {grown}"
+    );
     let executed = kubelet.exec(&container, &allocate);
-    assert_eq!(executed.code, 0, "beyond what the VM had at all: {executed:?}");
+    assert_eq!(
+        executed.code, 0,
+        "beyond what the VM had at all: {executed:?}"
+    );
 
     let fill = sh("dd if=/dev/zero of=/fill bs=1M count=300 && sync");
     assert_eq!(kubelet.exec(&container, &fill).code, 0);
@@ -177,7 +186,11 @@ fn every_thread_of_a_pod_is_in_the_pods_cgroup() {
             let Ok(cgroup) = fs::read_to_string(task.path().join("cgroup")) else {
                 continue;
             };
-            assert!(cgroup.contains(&pod.id), "{}: {cgroup}", task.path().display());
+            assert!(
+                cgroup.contains(&pod.id),
+                "{}: {cgroup}",
+                task.path().display()
+            );
         }
     }
 }
