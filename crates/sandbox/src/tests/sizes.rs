@@ -224,7 +224,7 @@ proptest! {
                 if crashes {
                     pod.kill(&init("loops"), 9).await.unwrap();
                 }
-                pod.kill(&init("loops"), 9).await.ok();
+                drop(pod.kill(&init("loops"), 9).await);
                 pod.wait(&init("loops")).await;
                 pod.delete(&init("loops")).await.unwrap();
             }

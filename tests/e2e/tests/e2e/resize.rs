@@ -164,8 +164,6 @@ fn vm_that_is_killed_while_it_is_resized_leaves_nothing() {
     let update = thread::spawn(move || {
         Kubelet::new("resize-kill-update").update(&resized, resources(512 * MIB, 0))
     });
-    let threads = |pid: i32| fs::read_dir(format!("/proc/{pid}/task")).unwrap().count();
-    assert!(threads(vmm.as_raw()) > 1);
     kill(vmm, Signal::SIGKILL).unwrap();
     assert!(update.join().unwrap().is_err());
     assert_eq!(kubelet.exit_code(&container), 137);
