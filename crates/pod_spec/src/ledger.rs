@@ -13,7 +13,7 @@
 //! | every container has a limit | the sum |
 //! | one has none | the sum, but at least what the VM was started with |
 //!
-//! Memory is that plus the overhead. All of it stays between the smallest VM and the largest that this one can become.
+//! Memory is that plus the containers' huge pages and the overhead. All of it stays between the smallest VM and the largest that this one can become.
 
 use std::collections::BTreeMap;
 
@@ -122,8 +122,12 @@ impl Ledger {
     }
 
     fn memory(&self) -> Mib {
+        // They come beside the memory limits.
+        let huge_pages = self.containers.values().map(|limits| limits.huge_pages.0);
+        let huge_pages = huge_pages.fold(0, u64::saturating_add);
         let with_overhead = |limit: Bytes| {
-            let mib = limit.to_mib_ceil().unwrap_or(Mib(u32::MAX));
+            let all = Bytes(limit.0.saturating_add(huge_pages));
+            let mib = all.to_mib_ceil().unwrap_or(Mib(u32::MAX));
             Mib(mib.0.saturating_add(self.size.overhead.0))
         };
         if let Some(pod) = self.pod.memory {
@@ -170,6 +174,7 @@ mod tests {
         Limits {
             cpu: (millis != 0).then_some((millis * 100, 100_000)),
             memory: (mib != 0).then_some(Bytes(mib << 20)),
+            huge_pages: Bytes(0),
         }
     }
 
@@ -220,6 +225,19 @@ mod tests {
         assert_eq!(ledger.wanted(), size(1, 96));
         ledger.update_pod(&changes(-1, -1));
         assert_eq!(ledger.wanted(), size(1, 164), "the containers' again");
+    }
+
+    #[test]
+    fn huge_pages_come_beside_the_limits() {
+        let mut ledger = ledger();
+        let pages = Limits {
+            huge_pages: Bytes(128 << 20),
+            ..limits(500, 400)
+        };
+        ledger.add(id("a"), pages);
+        assert_eq!(ledger.wanted(), size(2, 592));
+        ledger.update(&id("a"), &changes(500, 100));
+        assert_eq!(ledger.wanted(), size(1, 292));
     }
 
     #[test]

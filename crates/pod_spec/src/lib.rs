@@ -17,11 +17,14 @@
 mod bundle;
 mod config;
 mod config_text;
+mod devices;
 mod error;
 mod host_folders;
 mod host_mounts;
 mod ledger;
 mod mounts;
+mod namespaces;
+mod refusals;
 mod shell;
 mod sizing;
 mod translate;

@@ -9,14 +9,14 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::statvfs::statvfs;
 
 use crate::build::{KVM_TESTED_PACKAGES, SUITE, TestKind, TestProgram};
 use crate::node::{Job, Machine, Place, Work};
-use crate::step::{section, step};
+use crate::step::{seconds, section, step};
 use crate::tally::{Outcome, Tally};
 use crate::{build, check, images, kernel, kernel_selftest, process, workspace};
 
@@ -255,12 +255,42 @@ fn node_scripts(
     Ok(scripts)
 }
 
-/// Passes on whole lines, so that those of several nodes do not mix, and keeps a copy.
-#[derive(Default)]
+/// Passes on whole lines, so that those of several nodes do not mix, and keeps a copy. A line that ends a test is passed on
+/// with the time since the line before.
 struct Lines {
     all: Vec<u8>,
     /// How much of it was passed on.
     shown: usize,
+    last: Instant,
+}
+
+impl Default for Lines {
+    fn default() -> Self {
+        Self {
+            all: Vec::new(),
+            shown: 0,
+            last: Instant::now(),
+        }
+    }
+}
+
+impl Lines {
+    fn pass_on(&mut self, line: &[u8]) -> io::Result<()> {
+        let took = self.last.elapsed();
+        self.last = Instant::now();
+        let mut out = io::stdout().lock();
+        match line.strip_suffix(b"\n") {
+            Some(test) if line.starts_with(b"test ") && contains(line, b" ... ") => {
+                out.write_all(test)?;
+                writeln!(out, " ({})", seconds(took))
+            }
+            _ => out.write_all(line),
+        }
+    }
+}
+
+fn contains(line: &[u8], part: &[u8]) -> bool {
+    line.windows(part.len()).any(|window| window == part)
 }
 
 impl Write for Lines {
@@ -268,9 +298,11 @@ impl Write for Lines {
         self.all.extend_from_slice(bytes);
         let unseen = self.all.get(self.shown..).unwrap_or_default();
         if let Some(end) = unseen.iter().rposition(|byte| *byte == b'\n') {
-            let (lines, _) = unseen.split_at(end.saturating_add(1));
-            io::stdout().write_all(lines)?;
+            let lines = unseen.get(..=end).unwrap_or_default().to_vec();
             self.shown = self.shown.saturating_add(lines.len());
+            for line in lines.split_inclusive(|byte| *byte == b'\n') {
+                self.pass_on(line)?;
+            }
         }
         Ok(bytes.len())
     }

@@ -16,6 +16,7 @@ fn limits(millis: u64, mib: u64) -> Known {
     Known::Limited(Limits {
         cpu: (millis != 0).then_some((millis * 100, 100_000)),
         memory: (mib != 0).then_some(Bytes(mib << 20)),
+        ..Limits::default()
     })
 }
 

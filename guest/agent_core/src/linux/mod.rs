@@ -6,6 +6,7 @@
 pub mod boot;
 mod cgroup;
 mod copied;
+mod cpuset;
 mod device_program;
 mod disk;
 mod hardware;
@@ -13,6 +14,7 @@ mod host_folders;
 mod huge_pages;
 mod mount;
 pub mod network;
+mod pause;
 mod process;
 mod put;
 pub mod reaper;
@@ -52,6 +54,7 @@ pub struct Linux {
     volumes: volume::Volumes,
     host_folders: host_folders::HostFolders,
     puts: put::Puts,
+    pause: pause::Pause,
     memory: MemoryWatch,
 }
 
@@ -71,6 +74,7 @@ impl Linux {
             volumes: volume::Volumes::default(),
             host_folders: host_folders::HostFolders::default(),
             puts: put::Puts::default(),
+            pause: pause::Pause::default(),
             memory,
         }
     }
@@ -237,7 +241,7 @@ impl System for Linux {
     }
 
     fn launch(&self, job: Job<'_>, streams: Streams) -> Result<Box<dyn Launched>, Error> {
-        process::launch(job, streams)
+        process::launch(job, streams, &self.pause)
     }
 
     fn signal(&self, process: &OwnedFd, signal: u32) -> Result<(), Error> {
