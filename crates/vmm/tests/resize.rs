@@ -13,6 +13,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{Vmm, config, files, pvh_kernel};
+use vmm::ExitCode;
 use vmm::control::{Answer, Config, Refusal, RefusalKind, Request, Size};
 use vmm::devices::registers;
 use vmm::layout;
@@ -191,4 +192,16 @@ fn size_that_the_vm_was_not_started_to_become_is_refused_and_it_goes_on() {
     resize(&mut fixed, 2, 128).unwrap_err();
     resize(&mut fixed, 1, 129).unwrap_err();
     assert_eq!(resize(&mut fixed, 1, 64).unwrap().memory_mib, 128);
+}
+
+#[test]
+fn guest_that_ends_as_it_sees_the_device_is_told_after_the_resize() {
+    let mut code = Code::default();
+    let id = layout::window(WINDOW) + registers::DEVICE_ID;
+    code.wait_for(u32::try_from(id).unwrap(), 24);
+    code.0.extend([0xb0, 0xfe, 0xe6, 0x64]); // mov al, 0xfe; out 0x64, al: a reset
+    code.forever();
+    let mut vmm = start(&resizable(), &code.0);
+    assert_eq!(resize(&mut vmm, 1, 256).unwrap().memory_mib, 128);
+    assert_eq!(vmm.end().0, ExitCode::Guest as u8);
 }
