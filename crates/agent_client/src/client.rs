@@ -211,6 +211,17 @@ impl AgentClient {
             .await
     }
 
+    /// `ResizeGuest`: how many vCPUs are up then, as the guest says.
+    ///
+    /// # Errors
+    /// As every call.
+    pub async fn resize_guest(&self, request: &api::ResizeGuestRequest) -> Result<u32, AgentError> {
+        let size: api::GuestSize = self
+            .call("ResizeGuest", request, self.deadlines.call)
+            .await?;
+        Ok(size.vcpus)
+    }
+
     /// `Stats`: figures that the guest has written, within the caps of [`stats`].
     ///
     /// # Errors

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use agent_proto::api;
 use driver_fake::{FakeDriver, Script, fake_spec};
+use ids::Mib;
 use pod_spec::{FolderAccess, FolderPropagation, HostFolder};
 use rustix::process::{Pid, Signal, kill_process};
 use sandbox::{
@@ -42,6 +43,7 @@ impl Host for Node {
     fn plan_pod(&self) -> Result<PodPlan, SandboxError> {
         Ok(PodPlan {
             vm: fake_spec("pod".parse().unwrap()).unwrap(),
+            overhead: Mib(64),
             configure: api::ConfigureSandboxRequest::new(),
             loopback: None,
             guard: Box::new(()),
@@ -51,6 +53,7 @@ impl Host for Node {
     fn plan_container(&self, _: &CreateTask) -> Result<ContainerPlan, SandboxError> {
         let kind = ContainerKind::Guest(Box::new(GuestContainer {
             spec_json: br#"{"process":{"args":["sleep"]}}"#.to_vec(),
+            limits: None,
             rootfs: GuestRootfs::Layered(Vec::new()),
             copied_mounts: Vec::new(),
             live: Vec::new(),
@@ -63,6 +66,10 @@ impl Host for Node {
             kind,
             guard: Box::new(()),
         })
+    }
+
+    fn memory_limit(&self) -> Result<Option<Mib>, SandboxError> {
+        Ok(None)
     }
 }
 

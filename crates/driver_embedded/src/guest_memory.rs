@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io;
 
-use ids::{Bytes, Mib};
+use ids::Bytes;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 /// Files for the VMM.
@@ -19,17 +19,18 @@ pub(crate) struct SharedMemory {
 }
 
 impl SharedMemory {
-    /// For the VMM with this process id, which has not been reaped, and a guest of this size.
+    /// For the VMM with this process id, which has not been reaped, and a guest that can have so much memory. What of it
+    /// the guest does not have costs nothing.
     ///
     /// # Errors
     /// The host's.
-    pub(crate) fn prepare(pid: u32, size: Mib) -> io::Result<Self> {
+    pub(crate) fn prepare(pid: u32, size: Bytes) -> io::Result<Self> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::NOEXEC_SEAL;
         let memory = memfd_create("guest-memory", flags)
             // Linux before 6.3 does not know the last flag.
             .or_else(|_| memfd_create("guest-memory", flags - MemfdFlags::NOEXEC_SEAL))?;
         let memory = File::from(memory);
-        memory.set_len(Bytes::from(size).0)?;
+        memory.set_len(size.0)?;
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         fcntl_add_seals(&memory, seals)?;
         let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
@@ -43,7 +44,7 @@ mod tests {
 
     #[test]
     fn size_of_guest_memory_is_fixed() {
-        let files = SharedMemory::prepare(std::process::id(), Mib(2)).unwrap();
+        let files = SharedMemory::prepare(std::process::id(), Bytes(2 << 20)).unwrap();
         assert_eq!(files.memory.metadata().unwrap().len(), 2 << 20);
         assert!(files.memory.set_len(0).is_err());
         assert!(files.memory.set_len(4 << 20).is_err());

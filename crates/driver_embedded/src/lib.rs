@@ -82,7 +82,9 @@ impl EmbeddedDriver {
         let networks = networks.collect();
         Config {
             vcpus: spec.vcpus.get(),
+            max_vcpus: spec.max_vcpus.get(),
             memory_mib: spec.memory.0,
+            max_memory_mib: spec.max_memory.0,
             boot: BootProtocol::Auto,
             kernel_arguments: spec.kernel_arguments.join(" "),
             cid: spec.cid.get(),

@@ -13,15 +13,16 @@ use std::time::Duration;
 use async_trait::async_trait;
 use hypervisor::{
     Adjustable, AttachedDisk, AttachedFileSystem, Disk, DriverError, DriverErrorKind, FileSystem,
-    RunningVm, VmExit, VmProcesses, VmSpec,
+    Resize, Resized, RunningVm, VmExit, VmProcesses, VmSpec, VmTarget,
 };
-use ids::{DiskSerial, Limits, Mib, VsockPort};
+use ids::{Bytes, DiskSerial, Limits, Mib, VcpuCount, VsockPort};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use vmm::ExitCode;
 use vmm::control::{Answer, ControlSocket, Request};
+use vmm::layout;
 
 use crate::disk_config;
 use crate::guardian::{self, Process, ProcessEnd};
@@ -40,13 +41,16 @@ const START_DEADLINE: Duration = Duration::from_secs(20);
 const CALL_DEADLINE: Duration = Duration::from_secs(20);
 /// How long moving guest memory may take: a guest of tens of GiB that uses all of it copies them.
 const SHARE_DEADLINE: Duration = Duration::from_secs(60);
+/// How often the VMM is asked how far the guest has come, at first and at last.
+const RESIZE_POLL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(100));
 /// How long the last messages of a VMM that is gone may take to be read.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(1);
 
 /// A VM whose VMM process has been started. Dropping it kills the process.
 pub(crate) struct EmbeddedVm {
     process: Process,
-    memory: Mib,
+    /// All memory that the guest can ever have.
+    memory: Bytes,
     link: Arc<Link>,
     socket: GuestSocket,
     connections: Mutex<mpsc::Receiver<(VsockPort, UnixStream)>>,
@@ -91,7 +95,7 @@ impl EmbeddedVm {
         ));
         Ok(Self {
             process,
-            memory: spec.memory,
+            memory: all_memory(spec),
             link,
             socket,
             connections: Mutex::new(connections),
@@ -129,9 +133,54 @@ impl EmbeddedVm {
     async fn text(&self, request: Request) -> Result<String, DriverError> {
         match self.call(request).await? {
             Answer::Text(text) => Ok(text),
-            Answer::Done | Answer::Attached { .. } => Err(unexpected()),
+            Answer::Done | Answer::Attached { .. } | Answer::Size(_) => Err(unexpected()),
         }
     }
+
+    async fn ask_for(&self, target: VmTarget) -> Result<Resized, DriverError> {
+        let request = Request::Resize {
+            vcpus: target.vcpus.get(),
+            memory_mib: target.memory.0,
+        };
+        match self.call(request).await? {
+            Answer::Size(size) => Ok(Resized {
+                vcpus: VcpuCount::new(size.vcpus).ok_or_else(unexpected)?,
+                memory: Mib(size.memory_mib),
+                bind_device: size.device,
+            }),
+            Answer::Done | Answer::Attached { .. } | Answer::Text(_) => Err(unexpected()),
+        }
+    }
+}
+
+#[async_trait]
+impl Resize for EmbeddedVm {
+    async fn resize(&self, target: VmTarget, within: Duration) -> Result<Resized, DriverError> {
+        let end = Instant::now().checked_add(within);
+        let (mut pause, longest) = RESIZE_POLL;
+        let mut now = self.ask_for(target).await?;
+        let grows = now.memory < target.memory;
+        loop {
+            let done = if grows {
+                now.memory >= target.memory
+            } else {
+                now.memory <= target.memory
+            };
+            if done || end.is_none_or(|end| Instant::now() >= end) {
+                return Ok(now);
+            }
+            sleep(pause).await;
+            pause = pause.saturating_mul(2).min(longest);
+            now = self.ask_for(target).await?;
+        }
+    }
+}
+
+/// What a VM starts with, and all that can be plugged into it.
+fn all_memory(spec: &VmSpec) -> Bytes {
+    let pluggable = layout::pluggable(spec.memory, spec.max_memory);
+    let more = pluggable.end.saturating_sub(pluggable.start);
+    Bytes(Bytes::from(spec.memory).0.saturating_add(more))
 }
 
 fn unexpected() -> DriverError {
@@ -226,7 +275,7 @@ impl RunningVm for EmbeddedVm {
                 serial: disk.serial,
                 bind_device: Some(device),
             }),
-            Answer::Done | Answer::Text(_) => Err(unexpected()),
+            Answer::Done | Answer::Text(_) | Answer::Size(_) => Err(unexpected()),
         }
     }
 
@@ -266,7 +315,7 @@ impl RunningVm for EmbeddedVm {
             Answer::Attached { device } => Ok(AttachedFileSystem {
                 bind_device: Some(device),
             }),
-            Answer::Done | Answer::Text(_) => Err(unexpected()),
+            Answer::Done | Answer::Text(_) | Answer::Size(_) => Err(unexpected()),
         }
     }
 

@@ -67,7 +67,9 @@ fn spec(code: &[u8]) -> VmSpec {
     VmSpec {
         sandbox: "test".parse().unwrap(),
         vcpus: VcpuCount::ONE,
+        max_vcpus: VcpuCount::ONE,
         memory: Mib(64),
+        max_memory: Mib(64),
         kernel: file_with(&pvh_kernel(code)),
         initramfs: file_with(b""),
         kernel_arguments: Vec::new(),

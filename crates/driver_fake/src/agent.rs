@@ -262,6 +262,19 @@ impl service::Agent for Service {
         Ok(self.guest.stats(&init.container))
     }
 
+    async fn resize_guest(
+        &self,
+        _: &TtrpcContext,
+        request: api::ResizeGuestRequest,
+    ) -> ttrpc::Result<api::GuestSize> {
+        self.enter("ResizeGuest", "").await?;
+        self.guest.set_vcpus(request.vcpus);
+        Ok(api::GuestSize {
+            vcpus: request.vcpus,
+            ..Default::default()
+        })
+    }
+
     async fn put_files(
         &self,
         _: &TtrpcContext,

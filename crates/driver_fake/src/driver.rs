@@ -6,13 +6,15 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use agent_proto::{CONTROL_PORT, PROTOCOL_VERSION, STDIO_PORT, api, hello, service};
 use async_trait::async_trait;
 use futures::StreamExt;
 use hypervisor::{
     Adjustable, AttachedDisk, AttachedFileSystem, Capabilities, Disk, Driver, DriverError,
-    DriverErrorKind, FileSystem, NetworkInterface, RunningVm, VmExit, VmProcesses, VmSpec,
+    DriverErrorKind, FileSystem, NetworkInterface, Resize, Resized, RunningVm, VmExit, VmProcesses,
+    VmSpec, VmTarget,
 };
 use ids::{DiskSerial, Limits, VsockPort};
 use tokio::io::AsyncWriteExt;
@@ -44,6 +46,8 @@ pub struct FakeVm {
     dialled: Mutex<Option<UnixStream>>,
     /// Taps are open as long as the VM lives.
     networks: Mutex<Vec<NetworkInterface>>,
+    /// What it has, and the most that it can have.
+    size: Mutex<(VmTarget, VmTarget)>,
     disks: Mutex<BTreeSet<DiskSerial>>,
     limits: Mutex<Limits>,
     file_system: Mutex<Option<FileSystem>>,
@@ -60,7 +64,9 @@ pub fn fake_spec(sandbox: ids::SandboxId) -> io::Result<VmSpec> {
     Ok(VmSpec {
         sandbox,
         vcpus: ids::VcpuCount::ONE,
+        max_vcpus: ids::VcpuCount::new(4).unwrap_or(ids::VcpuCount::ONE),
         memory: ids::Mib(128),
+        max_memory: ids::Mib(1024),
         kernel: null()?,
         initramfs: null()?,
         kernel_arguments: Vec::new(),
@@ -120,6 +126,16 @@ impl Driver for FakeDriver {
             exit: watch::Sender::new(None),
             dialled: Mutex::default(),
             networks: Mutex::new(spec.networks),
+            size: Mutex::new((
+                VmTarget {
+                    vcpus: spec.vcpus,
+                    memory: spec.memory,
+                },
+                VmTarget {
+                    vcpus: spec.max_vcpus,
+                    memory: spec.max_memory,
+                },
+            )),
             disks: Mutex::new(disks),
             limits: Mutex::new(spec.limits),
             file_system: Mutex::default(),
@@ -217,6 +233,12 @@ impl FakeVm {
         lock(&self.disks).iter().map(ToString::to_string).collect()
     }
 
+    /// vCPUs that the guest has been told to have up, and its memory in MiB.
+    pub fn size(&self) -> (u32, u32) {
+        let memory = lock(&self.size).0.memory.0;
+        (self.guest.vcpus(), memory)
+    }
+
     /// The size of a process's terminal, columns before rows; `exec` is empty for an init.
     pub fn terminal_size(&self, container: &str, exec: &str) -> Option<(u32, u32)> {
         self.guest.size(container, exec)
@@ -263,6 +285,33 @@ impl Adjustable for FakeVm {
         self.alive()?;
         *lock(&self.limits) = limits;
         Ok(())
+    }
+}
+
+#[async_trait]
+impl Resize for FakeVm {
+    async fn resize(&self, target: VmTarget, _within: Duration) -> Result<Resized, DriverError> {
+        let VmTarget { vcpus, memory } = target;
+        let wanted = format!("{} {}", vcpus.get(), memory.0);
+        tokio::select! {
+            () = self.script.enter("Resize", &wanted) => {}
+            _ = self.wait() => {}
+        }
+        self.alive()?;
+        let mut size = lock(&self.size);
+        let (now, most) = &mut *size;
+        if vcpus > most.vcpus || memory > most.memory {
+            let message = format!("the fake VM cannot be resized to {wanted}");
+            return Err(DriverError::new(DriverErrorKind::Unsupported, message));
+        }
+        let (least, greatest) = self.script.guest_memory();
+        now.memory = memory.clamp(least, greatest);
+        now.vcpus = now.vcpus.max(vcpus);
+        Ok(Resized {
+            vcpus: now.vcpus,
+            memory: now.memory,
+            bind_device: Some("virtio-mmio.31".to_owned()),
+        })
     }
 }
 

@@ -39,6 +39,8 @@ struct State {
     /// How often figures were asked for.
     measured: u64,
     pids: u32,
+    /// vCPUs that it was told to have up.
+    vcpus: u32,
     putting: BTreeMap<String, Files>,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -98,6 +100,16 @@ impl Guest {
         let mut keys = state.processes.keys();
         keys.find(|key| key.container == *container && key.exec.is_none())
             .cloned()
+    }
+
+    /// vCPUs that are up.
+    pub(crate) fn vcpus(&self) -> u32 {
+        self.lock().vcpus.max(1)
+    }
+
+    /// Brings vCPUs up or takes them down.
+    pub(crate) fn set_vcpus(&self, vcpus: u32) {
+        self.lock().vcpus = vcpus;
     }
 
     /// Takes a part of a volume, and with the last one the volume.

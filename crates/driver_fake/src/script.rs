@@ -27,7 +27,7 @@ pub enum Boot {
 }
 
 /// A script for one driver, shared with the test that changes it on the way. Calls are named as in agent.proto;
-/// `AttachDisk` and `Launch` name those of the driver.
+/// `AttachDisk`, `Launch` and `Resize` name those of the driver.
 #[derive(Debug, Clone)]
 pub struct Script {
     inner: Arc<Mutex<Inner>>,
@@ -43,6 +43,7 @@ struct Inner {
     deadly: BTreeSet<&'static str>,
     exits_first: bool,
     refuses_streams: bool,
+    guest_memory: (ids::Mib, ids::Mib),
 }
 
 impl Default for Script {
@@ -61,6 +62,7 @@ impl Script {
             deadly: BTreeSet::new(),
             exits_first: false,
             refuses_streams: false,
+            guest_memory: (ids::Mib(0), ids::Mib(u32::MAX)),
         };
         Self {
             inner: Arc::new(Mutex::new(inner)),
@@ -119,6 +121,11 @@ impl Script {
         self.lock().refuses_streams = refuse;
     }
 
+    /// The guest gives memory back only down to `least`, and takes it only up to `greatest`, in MiB.
+    pub fn hold_memory(&self, least: u32, greatest: u32) {
+        self.lock().guest_memory = (ids::Mib(least), ids::Mib(greatest));
+    }
+
     /// Every call so far, in order: the method, and the container or disk that it is about.
     pub fn calls(&self) -> Vec<String> {
         self.calls.borrow().clone()
@@ -143,6 +150,10 @@ impl Script {
 
     pub(crate) fn refuses_streams(&self) -> bool {
         self.lock().refuses_streams
+    }
+
+    pub(crate) fn guest_memory(&self) -> (ids::Mib, ids::Mib) {
+        self.lock().guest_memory
     }
 
     pub(crate) fn is_deadly(&self, method: &str) -> bool {

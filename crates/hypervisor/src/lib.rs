@@ -7,6 +7,7 @@
 //! Driver::launch(VmSpec) ──> RunningVm ──wait()──> VmExit
 //!                              │  connect / accept        vsock, both ways
 //!                              │  attach / detach         disks, any time; one file system
+//!                              │  resize                  vCPUs and memory, any time
 //!                              └  kill                    any time, twice, from any task
 //! ```
 //!
@@ -18,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod resize;
 mod spec;
 
 use std::sync::Arc;
@@ -27,6 +29,7 @@ use ids::{DiskSerial, Limits, VsockPort};
 use tokio::net::UnixStream;
 
 pub use error::{DriverError, DriverErrorKind};
+pub use resize::{Resize, Resized, VmTarget};
 pub use spec::{
     AttachedDisk, AttachedFileSystem, Capabilities, Disk, DiskAccess, FileSystem, NetworkInterface,
     VmExit, VmProcesses, VmSpec,
@@ -58,7 +61,7 @@ pub trait Adjustable: Send + Sync {
 /// A VM whose vCPUs have been started. All methods may be called at any time, also after the VM's end, when they fail
 /// with [`DriverErrorKind::Gone`].
 #[async_trait]
-pub trait RunningVm: Adjustable {
+pub trait RunningVm: Adjustable + Resize {
     /// The host processes that make up the VM. They are gone once [`RunningVm::wait`] has answered.
     fn processes(&self) -> VmProcesses;
 

@@ -17,8 +17,12 @@ pub struct VmSpec {
     pub sandbox: SandboxId,
     /// Virtual CPUs, all online at boot.
     pub vcpus: VcpuCount,
+    /// The most that the VM can be resized to; each beyond `vcpus` costs the guest a little memory from the start.
+    pub max_vcpus: VcpuCount,
     /// Guest memory.
     pub memory: Mib,
+    /// The most that the VM can be resized to.
+    pub max_memory: Mib,
     /// The guest kernel: an uncompressed ELF with a PVH entry note.
     pub kernel: File,
     /// The initramfs with the agent: an uncompressed cpio archive.

@@ -13,7 +13,7 @@ use crate::config::Guest;
 use crate::error::SpecError;
 use crate::host_folders::HostFolder;
 use crate::host_mounts::HostMounts;
-use crate::sizing::{Limits, VmSize};
+use crate::sizing::{Limits, PodSize, VmSize};
 use crate::volumes::{EmptyDir, LiveVolume, WriteBack};
 use crate::{mounts, namespaces, refusals, translate};
 
@@ -41,8 +41,8 @@ pub enum Role {
 /// What the VM of a pod is like.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodSpec {
-    /// Its virtual CPUs and memory.
-    pub size: VmSize,
+    /// Its virtual CPUs and memory, and what they can become.
+    pub size: PodSize,
     /// The guest's host name; `None` keeps the kernel's.
     pub hostname: Option<String>,
     /// Sysctls that the guest's own namespaces get.
@@ -64,6 +64,8 @@ pub struct ContainerSpec {
     pub empty_dirs: Vec<EmptyDir>,
     /// The parts of them that it mounts.
     pub sub_paths: Vec<SubPath>,
+    /// What it may use.
+    pub limits: Limits,
     /// The host's own directories that the container mounts, each once.
     pub host_folders: Vec<HostFolder>,
     /// The root file system on the host, relative to the bundle or absolute: where it is if containerd hands over no
@@ -171,11 +173,11 @@ impl Bundle {
             .unwrap_or(false)
     }
 
-    /// The VM of the pod whose first container this is.
+    /// The VM of the pod whose first container this is, on a node of this size.
     ///
     /// # Errors
     /// [`SpecError::HostNamespace`], [`SpecError::Unsupported`], [`SpecError::TooLarge`] or [`SpecError::Annotation`].
-    pub fn pod(&self, guest: &Guest) -> Result<PodSpec, SpecError> {
+    pub fn pod(&self, guest: &Guest, node: VmSize) -> Result<PodSpec, SpecError> {
         refusals::check(&self.spec)?;
         let linux = self.spec.linux().as_ref();
         let asked = linux.and_then(|linux| linux.namespaces().as_deref());
@@ -198,7 +200,7 @@ impl Bundle {
             sysctls.insert("kernel.domainname".to_owned(), name.clone());
         }
         Ok(PodSpec {
-            size: limits.vm_size(guest)?,
+            size: limits.pod_size(guest, node)?,
             hostname: self.spec.hostname().clone().filter(|name| !name.is_empty()),
             sysctls,
             shm: DEFAULT_SHM,

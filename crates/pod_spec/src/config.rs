@@ -20,7 +20,7 @@ const MAX_DISK_MIB: u64 = 1 << 20;
 const MBIT_BYTES: u64 = 125_000;
 
 /// The smallest VM that boots the guest kernel with its agent and a small container.
-pub(crate) const MIN_VM_MEMORY: Mib = Mib(96);
+pub const MIN_VM_MEMORY: Mib = Mib(96);
 
 /// The node's config, validated.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +56,8 @@ pub struct Guest {
     pub default_vcpus: VcpuCount,
     /// `max_vcpus`: the most that a pod can have.
     pub max_vcpus: VcpuCount,
+    /// `spare_vcpus`: virtual CPUs that a pod can be given while it runs, beyond those it starts with.
+    pub spare_vcpus: u8,
     /// `default_memory_mib`: guest memory of a pod without a memory limit.
     pub default_memory: Mib,
     /// `overhead_memory_mib`: what a pod's VM has beyond the pod's memory limit, for the guest kernel and the agent.
@@ -255,6 +257,7 @@ impl Guest {
             kernel_arguments: text.strings("guest.kernel_arguments"),
             default_vcpus: vcpus(text, "guest.default_vcpus", 1),
             max_vcpus: vcpus(text, "guest.max_vcpus", 64),
+            spare_vcpus: text.number("guest.spare_vcpus", 3, (0, 63)),
             default_memory: memory(text, "guest.default_memory_mib", 512, MIN_VM_MEMORY.0),
             overhead_memory: memory(text, "guest.overhead_memory_mib", 64, 32),
             max_memory: memory(

@@ -25,10 +25,10 @@ pub enum SpecError {
     /// The resources of an update are none.
     #[error("the update holds no OCI LinuxResources")]
     ResourcesJson(#[source] serde_json::Error),
-    /// An update wants more than the pod's VM has.
+    /// An update wants more than the pod's VM has and can have.
     #[error(
-        "linux.resources.{field} is {wanted}, the pod's VM has {} vCPUs and {} MiB of memory for as long as it runs: make \
-         the pod anew with larger limits",
+        "linux.resources.{field} is {wanted}, the pod's VM has {} vCPUs and {} MiB of memory and cannot have more \
+         while it runs: make the pod anew with larger limits",
         .vm.vcpus.get(), .vm.memory.0
     )]
     BeyondVm {

@@ -21,6 +21,7 @@ mod devices;
 mod error;
 mod host_folders;
 mod host_mounts;
+mod ledger;
 mod mounts;
 mod namespaces;
 mod refusals;
@@ -33,18 +34,19 @@ mod volumes;
 
 pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role, SubPath};
 pub use config::{
-    Debug, FileServer, Guest, Log, LogLevel, MetadataService, Network, RuntimeConfig, Storage,
-    Traffic, Vmm,
+    Debug, FileServer, Guest, Log, LogLevel, MIN_VM_MEMORY, MetadataService, Network,
+    RuntimeConfig, Storage, Traffic, Vmm,
 };
 pub use config_text::{ConfigError, ConfigMistake};
 pub use error::SpecError;
 pub use host_folders::{FolderAccess, FolderPropagation, HostFolder};
 pub use host_mounts::HostMounts;
+pub use ledger::Ledger;
 pub use shell::shell_spec;
-pub use sizing::VmSize;
+pub use sizing::{Limits, PodSize, VmSize};
 pub use traffic::is_traffic_annotation;
 pub use translate::exec_process;
-pub use update::{MAX_RESOURCES_BYTES, ResourceUpdate};
+pub use update::{LimitChanges, MAX_RESOURCES_BYTES, ResourceUpdate};
 pub use volumes::{
     EmptyDir, LiveVolume, MAX_TERMINATION_MESSAGE, MAX_WRITTEN_BACK, Medium, VolumeKind, WriteBack,
     classify,

@@ -18,6 +18,9 @@ const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 const MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
+/// The kernel's period where none is set.
+pub(crate) const DEFAULT_PERIOD_US: u64 = 100_000;
+
 /// The size of a VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VmSize {
@@ -27,14 +30,26 @@ pub struct VmSize {
     pub memory: Mib,
 }
 
-/// What limits a pod has. `None`: no limit.
+/// What a VM was started with, and what it can become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PodSize {
+    /// At the start.
+    pub started_with: VmSize,
+    /// The most, while it runs.
+    pub largest: VmSize,
+    /// Memory that the VM has beyond its containers' limits.
+    pub overhead: Mib,
+}
+
+/// What a pod or container may use. `None`: no limit.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Limits {
+pub struct Limits {
     /// CPU time per period, both in µs.
-    pub(crate) cpu: Option<(u64, u64)>,
-    pub(crate) memory: Option<Bytes>,
-    /// All of every size. They come beside the memory limit; CRI tells those of a pod to no runtime.
-    pub(crate) huge_pages: Bytes,
+    pub cpu: Option<(u64, u64)>,
+    /// Memory.
+    pub memory: Option<Bytes>,
+    /// Huge pages, all of every size. They come beside the memory limit; CRI tells those of a pod to no runtime.
+    pub huge_pages: Bytes,
 }
 
 impl Limits {
@@ -78,16 +93,31 @@ impl Limits {
             .filter_map(|limit| positive(limit.limit()))
             // Written for "no limit", which asks for none.
             .filter(|limit| *limit < i64::MAX.unsigned_abs());
-        // The kernel's default period is 100 ms.
         Self {
-            cpu: quota.map(|quota| (quota, period.unwrap_or(100_000))),
+            cpu: quota.map(|quota| (quota, period.unwrap_or(DEFAULT_PERIOD_US))),
             memory: memory.and_then(positive).map(Bytes),
             huge_pages: Bytes(huge_pages.fold(0, u64::saturating_add)),
         }
     }
 
+    /// The VM for these limits on a node of this size, and what it can become.
+    pub(crate) fn pod_size(self, guest: &Guest, node: VmSize) -> Result<PodSize, SpecError> {
+        let started_with = self.vm_size(guest)?;
+        let spare = guest.spare_vcpus;
+        let vcpus = VcpuCount::new(started_with.vcpus.get().saturating_add(spare));
+        let vcpus = vcpus.unwrap_or(started_with.vcpus).min(guest.max_vcpus);
+        Ok(PodSize {
+            started_with,
+            largest: VmSize {
+                vcpus: vcpus.min(node.vcpus).max(started_with.vcpus),
+                memory: guest.max_memory.min(node.memory).max(started_with.memory),
+            },
+            overhead: guest.overhead_memory,
+        })
+    }
+
     /// The VM for these limits.
-    pub(crate) fn vm_size(self, guest: &Guest) -> Result<VmSize, SpecError> {
+    fn vm_size(self, guest: &Guest) -> Result<VmSize, SpecError> {
         let vcpus = match self.cpu {
             None => guest.default_vcpus,
             Some((quota, period)) => {
@@ -205,6 +235,29 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(error.contains("guest.max_memory_mib"), "{error}");
+    }
+
+    #[test]
+    fn vm_can_become_as_large_as_node_and_config_allow() {
+        let size = |vcpus, memory| VmSize {
+            vcpus: VcpuCount::new(vcpus).unwrap(),
+            memory: Mib(memory),
+        };
+        let largest = |node| Limits::default().pod_size(&guest(), node).unwrap().largest;
+        assert_eq!(largest(size(2, 2048)), size(2, 2048));
+        assert_eq!(
+            largest(size(1, 64)),
+            size(1, 512),
+            "not less than at the start"
+        );
+        let spare = guest().spare_vcpus;
+        assert_eq!(largest(size(200, 1 << 20)), size(1 + spare, 4096));
+        let large = Limits {
+            cpu: Some((7, 1)),
+            ..Limits::default()
+        };
+        let large = large.pod_size(&guest(), size(200, 1 << 20)).unwrap();
+        assert_eq!(large.largest.vcpus.get(), 8, "guest.max_vcpus");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use oci_spec::runtime::{Linux, LinuxResources, Process, Spec};
 use crate::bundle::{ContainerSpec, MAX_SPEC_BYTES, Role, is_object};
 use crate::error::SpecError;
 use crate::host_mounts::HostMounts;
+use crate::sizing::Limits;
 use crate::{devices, mounts, namespaces, refusals};
 
 /// Profiles that containerd sets for every container of a node with AppArmor, or that mean "none".
@@ -46,9 +47,15 @@ pub(crate) fn container(
         spec.set_domainname(None);
     }
     spec.set_annotations(None);
+    let resources = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.resources().as_ref());
+    let limits = Limits::from_resources(resources);
     let guest_spec = serde_json::to_vec(&spec).map_err(SpecError::Json)?;
     Ok(ContainerSpec {
         guest_spec,
+        limits,
         copies: needs.copies,
         live: needs.live,
         empty_dirs: needs.empty_dirs,

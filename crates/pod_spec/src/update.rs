@@ -3,6 +3,7 @@
 
 //! New resources for a container that is there already.
 
+use ids::Bytes;
 use oci_spec::runtime::LinuxResources;
 
 use crate::bundle::is_object;
@@ -13,13 +14,43 @@ use crate::translate::check_resources;
 /// The longest JSON of an update: a few numbers, and the device rules that containerd repeats.
 pub const MAX_RESOURCES_BYTES: usize = 256 << 10;
 
+/// What an update changes of a container's or pod's limits; `None`: nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LimitChanges {
+    cpu: Option<Option<(u64, u64)>>,
+    memory: Option<Option<Bytes>>,
+}
+
+impl LimitChanges {
+    /// As the guest's cgroup takes it: a quota that is not positive is none, a memory limit of 0 says nothing.
+    fn of(resources: &LinuxResources) -> Self {
+        let limits = Limits::from_resources(Some(resources));
+        let cpu = resources.cpu().as_ref();
+        let cpu = cpu.filter(|cpu| cpu.quota().is_some() || cpu.period().is_some());
+        let memory = resources.memory().as_ref();
+        let memory = memory
+            .and_then(|memory| memory.limit())
+            .filter(|limit| *limit != 0);
+        Self {
+            cpu: cpu.map(|_| limits.cpu),
+            memory: memory.map(|_| limits.memory),
+        }
+    }
+
+    /// Changes `limits`.
+    pub fn apply(&self, limits: &mut Limits) {
+        limits.cpu = self.cpu.unwrap_or(limits.cpu);
+        limits.memory = self.memory.unwrap_or(limits.memory);
+    }
+}
+
 /// The OCI runtime spec's `LinuxResources`, for the guest.
 ///
 /// Device rules are left out, as runc leaves them out of an update: containerd's CRI repeats those of the creation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResourceUpdate {
     guest_json: Vec<u8>,
-    limits: Limits,
+    changes: LimitChanges,
 }
 
 impl ResourceUpdate {
@@ -41,7 +72,7 @@ impl ResourceUpdate {
         check_resources(&resources)?;
         resources.set_devices(None);
         Ok(Self {
-            limits: Limits::from_resources(Some(&resources)),
+            changes: LimitChanges::of(&resources),
             guest_json: serde_json::to_vec(&resources).map_err(SpecError::ResourcesJson)?,
         })
     }
@@ -53,18 +84,23 @@ impl ResourceUpdate {
     pub fn check_fits(&self, vm: VmSize) -> Result<(), SpecError> {
         let vcpus = u64::from(vm.vcpus.get());
         let beyond = |field, wanted| Err(SpecError::BeyondVm { field, wanted, vm });
-        if let Some(memory) = self.limits.memory
+        if let Some(Some(memory)) = self.changes.memory
             && memory.0.div_ceil(1 << 20) > u64::from(vm.memory.0)
         {
             return beyond("memory.limit", format!("{} bytes", memory.0));
         }
-        if let Some((quota, period)) = self.limits.cpu
+        if let Some(Some((quota, period))) = self.changes.cpu
             && quota > vcpus.saturating_mul(period)
         {
             let wanted = format!("{quota} us of CPU time in each {period} us");
             return beyond("cpu.quota", wanted);
         }
         Ok(())
+    }
+
+    /// What it changes of the limits that the VM's size follows from.
+    pub fn limit_changes(&self) -> LimitChanges {
+        self.changes
     }
 
     /// For the agent.
@@ -153,8 +189,8 @@ mod tests {
             assert_eq!(
                 error,
                 format!(
-                    "linux.resources.{field}, the pod's VM has 1 vCPUs and 256 MiB of memory for as long as it runs: make \
-                     the pod anew with larger limits"
+                    "linux.resources.{field}, the pod's VM has 1 vCPUs and 256 MiB of memory and cannot have more \
+                     while it runs: make the pod anew with larger limits"
                 )
             );
         }

@@ -31,6 +31,8 @@ pub(crate) struct Creation {
     pub(crate) generation: Generation,
     pub(crate) io: Arc<ProcessIo>,
     pub(crate) abort: watch::Receiver<bool>,
+    /// The VM's size counts its limits.
+    pub(crate) admitted: bool,
 }
 
 impl Creation {
@@ -50,9 +52,10 @@ impl Creation {
             Err(error) => Err(error),
         };
         if result.is_err()
-            && !shares.is_empty()
+            && (self.admitted || !shares.is_empty())
             && let Ok(guest) = vm::ready(self.shared.vm.subscribe()).await
         {
+            guest.sizing.forget(self.task.container.clone());
             for serial in shares {
                 guest.disks.detach(serial).await;
             }
@@ -82,9 +85,15 @@ impl Creation {
             ContainerKind::Guest(container) => *container,
         };
         let guest = vm::ready(self.shared.vm.subscribe()).await?;
+        if let Some(limits) = container.limits {
+            self.admitted = true;
+            let id = self.task.container.clone();
+            guest.sizing.admit(id, limits).await?;
+        }
         let (request, host, written_back) = phase(self.of(), "attach", async {
             let GuestContainer {
                 spec_json,
+                limits: _,
                 rootfs,
                 copied_mounts,
                 written_back,

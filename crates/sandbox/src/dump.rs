@@ -78,6 +78,7 @@ pub(crate) async fn answer(shared: Arc<Shared>, mut own: Value, reply: Reply<Val
                 "live_volumes": guest.live.dump(),
                 "host_folders": guest.folders.dump(),
                 "forwarded_ports": guest.forwarded.dump(),
+                "size": guest.sizing.dump(),
             })
         }
     };

@@ -149,6 +149,7 @@ impl Owner {
             generation,
             io: Arc::clone(&record.io),
             abort: record.abort.subscribe(),
+            admitted: false,
         };
         self.work.spawn(async move {
             let result = creation.run().await;

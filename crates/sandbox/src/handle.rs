@@ -146,12 +146,13 @@ impl SandboxHandle {
     }
 
     /// Sets limits of a container that has not ended: the OCI runtime spec's `LinuxResources` as JSON. What is absent
-    /// stays as it is, and so do device rules. All of it is applied, or nothing.
+    /// stays as it is, and so do device rules. All of it is applied, or nothing. The VM grows or shrinks with the limits; of
+    /// the sandbox container, which stands for the pod, CPU quota and memory limit count, for the size alone.
     ///
     /// # Errors
     /// [`SandboxErrorKind::InvalidArgument`] with the name of a field that cannot be applied;
-    /// [`SandboxErrorKind::ResourceExhausted`] with the VM's size for a limit beyond it;
-    /// [`SandboxErrorKind::Unimplemented`] for the sandbox container, whose limits are the VM's size;
+    /// [`SandboxErrorKind::ResourceExhausted`] with the VM's size for a limit beyond what it can become, or if the guest
+    /// does not take what it is given;
     /// [`SandboxErrorKind::NotFound`], [`SandboxErrorKind::FailedPrecondition`] after its end.
     pub async fn update(
         &self,

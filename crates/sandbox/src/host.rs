@@ -8,7 +8,8 @@ use std::net::TcpListener;
 
 use agent_proto::api;
 use hypervisor::{Disk, VmSpec};
-use pod_spec::{HostFolder, LiveVolume};
+use ids::Mib;
+use pod_spec::{HostFolder, Limits, LiveVolume};
 use pod_storage::WrittenBack;
 
 use crate::error::SandboxError;
@@ -31,12 +32,20 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// Whatever keeps the container from being made, in words for the user.
     fn plan_container(&self, task: &CreateTask) -> Result<ContainerPlan, SandboxError>;
+
+    /// The most memory that the VM can have within the pod's cgroup on the host, as that is now; `None` if it has no limit.
+    ///
+    /// # Errors
+    /// The pod's cgroup cannot be found.
+    fn memory_limit(&self) -> Result<Option<Mib>, SandboxError>;
 }
 
 /// A pod's VM, ready to be launched.
 pub struct PodPlan {
     /// For the driver.
     pub vm: VmSpec,
+    /// Memory that the VM has beyond its containers' limits.
+    pub overhead: Mib,
     /// For the agent, once it is there.
     pub configure: api::ConfigureSandboxRequest,
     /// Takes the TCP connections to the pod's loopback on the host, for the guest; non-blocking. `None` where they cannot
@@ -66,6 +75,8 @@ pub enum ContainerKind {
 pub struct GuestContainer {
     /// The OCI runtime spec as JSON, translated for the guest.
     pub spec_json: Vec<u8>,
+    /// What it may use, to make the VM large enough; `None` for one that is to make do with what there is.
+    pub limits: Option<Limits>,
     /// The rootfs.
     pub rootfs: GuestRootfs,
     /// Host files that go into guest memory.

@@ -35,6 +35,7 @@ mod phase;
 mod record;
 mod request;
 mod requests;
+mod sizing;
 mod stats;
 #[cfg(test)]
 mod tests;

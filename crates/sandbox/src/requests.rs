@@ -302,7 +302,7 @@ impl Owner {
             Ok((role, update)) => {
                 let shared = Arc::clone(&self.shared);
                 self.work.spawn(async move {
-                    let updated = work::update(&shared, &container, role, &update).await;
+                    let updated = work::update(&shared, &container, role, update).await;
                     drop(reply.send(updated));
                 });
             }

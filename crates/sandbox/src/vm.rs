@@ -20,7 +20,7 @@ use agent_proto::{CONTROL_PORT, api};
 use async_trait::async_trait;
 use hypervisor::{RunningVm, VmExit};
 use ids::VsockPort;
-use pod_spec::VmSize;
+use pod_spec::{PodSize, VmSize};
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
@@ -34,6 +34,7 @@ use crate::input::Input;
 use crate::live::LiveVolumes;
 use crate::owner::Shared;
 use crate::phase::{Of, phase};
+use crate::sizing::{self, Sizing};
 
 /// How long after the VM's end the last events may still come out of the connection.
 const LAST_EVENTS: Duration = Duration::from_secs(1);
@@ -66,7 +67,7 @@ pub(crate) struct Guest {
     pub(crate) vm: Arc<dyn RunningVm>,
     pub(crate) agent: Arc<AgentClient>,
     pub(crate) disks: Disks,
-    pub(crate) size: VmSize,
+    pub(crate) sizing: Sizing,
     pub(crate) live: LiveVolumes,
     pub(crate) folders: HostFolders,
     pub(crate) forwarded: Arc<ForwardedPorts>,
@@ -187,6 +188,7 @@ async fn start(
     let PodPlan {
         guard,
         vm: spec,
+        overhead,
         configure,
         loopback,
     } = phase(of, "plan", async {
@@ -196,9 +198,16 @@ async fn start(
     if *shared.ending.borrow() {
         return Err(stopped_early());
     }
-    let size = VmSize {
-        vcpus: spec.vcpus,
-        memory: spec.memory,
+    let size = PodSize {
+        started_with: VmSize {
+            vcpus: spec.vcpus,
+            memory: spec.memory,
+        },
+        largest: VmSize {
+            vcpus: spec.max_vcpus,
+            memory: spec.max_memory,
+        },
+        overhead,
     };
     let vm = phase(of, "launch", async {
         let launch = shared.driver.launch(spec).await;
@@ -224,7 +233,7 @@ fn stopped_early() -> SandboxError {
 async fn boot(
     shared: &Arc<Shared>,
     vm: &Arc<dyn RunningVm>,
-    size: VmSize,
+    size: PodSize,
     mut configure: api::ConfigureSandboxRequest,
 ) -> Result<Arc<Guest>, SandboxError> {
     let of = Of::Sandbox(&shared.id);
@@ -262,9 +271,15 @@ async fn boot(
     Ok(Arc::new(Guest {
         vm: Arc::clone(vm),
         live: LiveVolumes::new(shared.id.clone(), Arc::clone(&agent)),
+        sizing: Sizing::new(sizing::Parts {
+            sandbox: shared.id.clone(),
+            host: Arc::clone(&shared.host),
+            vm: Arc::clone(vm),
+            agent: Arc::clone(&agent),
+            size,
+        }),
         agent,
         disks: Disks::new(Arc::clone(vm)),
-        size,
         folders: HostFolders::new(
             shared.id.clone(),
             shared.file_server.clone(),

@@ -208,36 +208,17 @@ pub(crate) async fn resume(shared: &Shared, container: &ContainerId) -> Result<(
     .await
 }
 
-/// Sets a container's limits.
+/// Sets a container's limits, and has the VM be as large as they want.
 pub(crate) async fn update(
     shared: &Shared,
     container: &ContainerId,
     role: Role,
-    update: &ResourceUpdate,
+    update: ResourceUpdate,
 ) -> Result<(), SandboxError> {
     let of = Of::Container(&shared.id, container);
     phase(of, "update", async {
-        let what = || format!("update container {container}");
         let guest = vm::ready(shared.vm.subscribe()).await?;
-        if role == Role::Sandbox {
-            let message = format!(
-                "update container {container}: it stands for the pod's VM, whose {} vCPUs and {} MiB of memory stay as they \
-                 are while it runs: make the pod anew with other limits",
-                guest.size.vcpus.get(),
-                guest.size.memory.0
-            );
-            return Err(SandboxError::new(SandboxErrorKind::Unimplemented, message));
-        }
-        update.check_fits(guest.size).map_err(|error| {
-            SandboxError::new(SandboxErrorKind::ResourceExhausted, what()).because(error)
-        })?;
-        let request = api::UpdateContainerRequest {
-            container_id: container.to_string(),
-            resources_json: update.guest_json().to_vec(),
-            ..Default::default()
-        };
-        let updated = guest.agent.update_container(&request).await;
-        updated.map_err(|error| convert::agent(what(), error))
+        guest.sizing.update(container.clone(), role, update).await
     })
     .await
 }
@@ -300,6 +281,7 @@ impl Removal {
         }
         if let Ok(guest) = vm::ready(self.shared.vm.subscribe()).await {
             remove_container(&guest, &self.process.container).await;
+            guest.sizing.forget(self.process.container.clone());
             for serial in self.disks.clone() {
                 guest.disks.detach(serial).await;
             }

@@ -25,6 +25,8 @@ use rules::{Check, Rule};
 pub enum ThreadRole {
     /// Runs one vCPU and answers its register accesses.
     Vcpu,
+    /// Makes one vCPU when it is wanted, and then runs it.
+    SpareVcpu,
     /// Serves the queues of all devices.
     Io,
     /// Speaks with the shim.

@@ -91,6 +91,11 @@ const KVM_GET_IRQCHIP: u32 = kvm(READ | WRITE, 520, 0x62);
 const KVM_IRQFD: u32 = kvm(WRITE, 32, 0x76);
 const KVM_IOEVENTFD: u32 = kvm(WRITE, 64, 0x79);
 const KVM_GET_CLOCK: u32 = kvm(READ, 48, 0x7c);
+const KVM_CREATE_VCPU: u32 = kvm(0, 0, 0x41);
+const KVM_SET_USER_MEMORY_REGION: u32 = kvm(WRITE, 32, 0x46);
+const KVM_SET_MSRS: u32 = kvm(WRITE, 8, 0x89);
+const KVM_SET_CPUID2: u32 = kvm(WRITE, 8, 0x90);
+const KVM_GET_TSC_KHZ: u32 = kvm(0, 0, 0xa3);
 
 /// What every thread needs, of the VMM and of the file server.
 const COMMON: &[Rule] = &[
@@ -164,6 +169,26 @@ const VCPU: &[Rule] = &[
     only(SYS_ioctl, &[Check::Is(1, KVM_GET_XCRS)], "saving"),
 ];
 
+/// What the thread of a vCPU needs that is made while the guest runs, before it runs it.
+const MAKE_VCPU: &[Rule] = &[
+    only(
+        SYS_ioctl,
+        &[Check::Is(1, KVM_CREATE_VCPU)],
+        "making the vCPU",
+    ),
+    only(
+        SYS_ioctl,
+        &[Check::Is(1, KVM_GET_TSC_KHZ)],
+        "its clock rate",
+    ),
+    only(SYS_ioctl, &[Check::Is(1, KVM_SET_CPUID2)], "its CPUID"),
+    only(
+        SYS_ioctl,
+        &[Check::Is(1, KVM_SET_MSRS)],
+        "its registers at boot",
+    ),
+];
+
 const IO: &[Rule] = &[
     allow(SYS_epoll_wait, "the event loop"),
     allow(SYS_epoll_ctl, "watching queues and streams"),
@@ -204,6 +229,11 @@ const IO: &[Rule] = &[
         "making streams non-blocking",
     ),
     allow(SYS_timerfd_settime, "vsock deadlines"),
+    only(
+        SYS_ioctl,
+        &[Check::Is(1, KVM_SET_USER_MEMORY_REGION)],
+        "memory that is plugged or unplugged",
+    ),
     allow(SYS_poll, "waiting for the file server, with a deadline"),
 ];
 
@@ -241,11 +271,12 @@ const CONTROL: &[Rule] = &[
 
 /// The rules of a kind of thread.
 pub fn of(role: ThreadRole) -> impl Iterator<Item = &'static Rule> {
-    let own = match role {
-        ThreadRole::Vcpu => VCPU,
-        ThreadRole::Io => IO,
-        ThreadRole::Control => CONTROL,
-        ThreadRole::FileServer => file_server::RULES,
+    let (own, more): (&[Rule], &[Rule]) = match role {
+        ThreadRole::Vcpu => (VCPU, &[]),
+        ThreadRole::SpareVcpu => (VCPU, MAKE_VCPU),
+        ThreadRole::Io => (IO, &[]),
+        ThreadRole::Control => (CONTROL, &[]),
+        ThreadRole::FileServer => (file_server::RULES, &[]),
     };
-    COMMON.iter().chain(own)
+    COMMON.iter().chain(own).chain(more)
 }

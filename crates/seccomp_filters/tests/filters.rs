@@ -18,8 +18,9 @@ use nix::unistd::{ForkResult, fork};
 use seccomp_filters::ThreadRole;
 use seccomp_filters::rules::{self, Check, KVM_RUN};
 
-const ROLES: [ThreadRole; 4] = [
+const ROLES: [ThreadRole; 5] = [
     ThreadRole::Vcpu,
+    ThreadRole::SpareVcpu,
     ThreadRole::Io,
     ThreadRole::Control,
     ThreadRole::FileServer,

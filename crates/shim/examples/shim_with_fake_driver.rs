@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use agent_proto::api;
 use driver_fake::{FakeDriver, Script, fake_spec};
-use ids::SandboxId;
+use ids::{Mib, SandboxId};
 use sandbox::{
     ContainerKind, ContainerPlan, CreateTask, Deadlines, GuestContainer, GuestRootfs, Host,
     PodPlan, SandboxError, SandboxErrorKind,
@@ -41,6 +41,7 @@ impl Host for FakeHost {
         let vm = fake_spec(self.sandbox.clone()).map_err(internal)?;
         Ok(PodPlan {
             vm,
+            overhead: Mib(64),
             configure: api::ConfigureSandboxRequest::new(),
             loopback: None,
             guard: Box::new(()),
@@ -56,6 +57,7 @@ impl Host for FakeHost {
         let kind = match bundle.role() {
             pod_spec::Role::Sandbox if task.shell.is_none() => ContainerKind::Sandbox,
             _ => ContainerKind::Guest(Box::new(GuestContainer {
+                limits: None,
                 spec_json,
                 rootfs: GuestRootfs::Layered(Vec::new()),
                 copied_mounts: Vec::new(),
@@ -70,6 +72,10 @@ impl Host for FakeHost {
             kind,
             guard: Box::new(()),
         })
+    }
+
+    fn memory_limit(&self) -> Result<Option<Mib>, SandboxError> {
+        Ok(None)
     }
 }
 

@@ -15,6 +15,7 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use ids::Bytes;
 use rustix::fs::{XattrFlags, getxattr, setxattr};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
@@ -24,6 +25,9 @@ const MARK: &str = "trusted.coffer";
 
 /// How long teardown waits for killed processes to leave their cgroups.
 const EMPTY_LIMIT: Duration = Duration::from_millis(500);
+
+/// cgroup v1 has no word for "no limit" but a number as large as it can count, less than a page.
+const NO_LIMIT_V1: u64 = 0x7fff_ffff_ffff_0000;
 
 /// How often it looks.
 const EMPTY_POLL: Duration = Duration::from_millis(5);
@@ -193,6 +197,15 @@ impl PodCgroup {
         self.hierarchy.mount.join(&self.relative)
     }
 
+    /// The smallest memory limit from here up to the hierarchy's root; `None` where there is none, or no memory controller.
+    pub(crate) fn memory_limit(&self) -> Option<Bytes> {
+        let path = self.path();
+        let own = path
+            .ancestors()
+            .take_while(|path| path.starts_with(&self.hierarchy.mount));
+        own.filter_map(memory_limit_of).min()
+    }
+
     /// Makes it and moves process `pid` into it.
     ///
     /// # Errors
@@ -220,6 +233,16 @@ impl PodCgroup {
         }
         enter(&path, pid)
     }
+}
+
+/// The limit of one cgroup, of version 2 or 1; "max", and what version 1 says instead, is none.
+fn memory_limit_of(cgroup: &Path) -> Option<Bytes> {
+    let files = ["memory.max", "memory.limit_in_bytes"];
+    let text = files
+        .iter()
+        .find_map(|file| fs::read_to_string(cgroup.join(file)).ok())?;
+    let limit = text.trim().parse().ok()?;
+    (limit < NO_LIMIT_V1).then_some(Bytes(limit))
 }
 
 /// Gives a cgroup's children every controller that it has itself (cgroups(7), cgroup.subtree_control), so that the pod is
@@ -455,6 +478,101 @@ mod tests {
             assert!(!cgroup.path().parent().unwrap().exists());
         }
         second.wait().unwrap();
+    }
+
+    #[test]
+    fn smallest_limit_on_the_way_up_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let cgroup = |relative: &str| PodCgroup {
+            hierarchy: Hierarchy {
+                mount: root.path().to_path_buf(),
+                cpuset_v1: false,
+            },
+            relative: relative.into(),
+        };
+        let write = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        write("kubepods/pod1/memory.max", "268435456\n");
+        write("kubepods/memory.max", "max\n");
+        write("kubepods/pod1/sandbox/memory.max", "max\n");
+        write("v1/pod/memory.limit_in_bytes", "9223372036854771712\n");
+        write("v1/memory.limit_in_bytes", "1048576\n");
+        let limit = |path| cgroup(path).memory_limit();
+        assert_eq!(limit("kubepods/pod1/sandbox"), Some(Bytes(256 << 20)));
+        assert_eq!(limit("kubepods/pod1/not-there"), Some(Bytes(256 << 20)));
+        assert_eq!(limit("kubepods"), None);
+        assert_eq!(limit("v1/pod"), Some(Bytes(1 << 20)));
+        write("v1/memory.limit_in_bytes", "9223372036854771712\n");
+        assert_eq!(limit("v1/pod"), None);
+    }
+
+    /// Whether the mounted hierarchies are of version 1 or 2, their limits are read.
+    #[test]
+    fn limit_of_a_real_cgroup_is_found() {
+        let name = format!("coffer-limit-{}", std::process::id());
+        let cgroups = plan(&format!("/{name}/sandbox")).unwrap();
+        let with_memory = |cgroup: &&PodCgroup| {
+            let mount = &cgroup.hierarchy.mount;
+            mount.join("memory.limit_in_bytes").exists()
+                || fs::read_to_string(mount.join("cgroup.controllers"))
+                    .is_ok_and(|all| all.contains("memory"))
+        };
+        let cgroup = cgroups.iter().find(with_memory).unwrap();
+        let pod = cgroup.path().parent().unwrap().to_path_buf();
+        let before = cgroup.memory_limit();
+        fs::create_dir(&pod).unwrap();
+        let file = ["memory.max", "memory.limit_in_bytes"]
+            .map(|file| pod.join(file))
+            .into_iter()
+            .find(|file| file.exists());
+        if let Some(file) = &file {
+            fs::write(file, (64 << 20).to_string()).unwrap();
+        }
+        let limit = cgroup.memory_limit();
+        fs::remove_dir(&pod).unwrap();
+        let expected = if file.is_some() {
+            Some(Bytes(64 << 20))
+        } else {
+            before // the root does not hand the controller on
+        };
+        assert_eq!(limit, expected);
+    }
+
+    /// A process is moved with all its threads, in every mounted hierarchy, and what it starts later is there too.
+    #[test]
+    fn threads_of_a_placed_process_are_in_its_cgroup_in_every_hierarchy() {
+        let name = format!("coffer-threads-{}", std::process::id());
+        let cgroups = plan(&format!("/{name}")).unwrap();
+        // A shell that starts a child when it is told to, so that both are looked at.
+        let mut child = Command::new("sh")
+            .args(["-c", "read go; sleep 1000 & wait"])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
+        for cgroup in &cgroups {
+            cgroup.join(pid).unwrap();
+        }
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"go\n").unwrap();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        for cgroup in &cgroups {
+            let threads = || {
+                let text = ["cgroup.threads", "tasks"]
+                    .iter()
+                    .find_map(|file| fs::read_to_string(cgroup.path().join(file)).ok());
+                text.unwrap().lines().count()
+            };
+            while threads() < 2 {
+                assert!(Instant::now() < deadline, "{}", cgroup.path().display());
+                std::thread::yield_now();
+            }
+        }
+        let paths: Vec<PathBuf> = cgroups.iter().map(PodCgroup::path).collect();
+        remove(&paths).unwrap();
+        child.wait().unwrap();
     }
 
     #[test]

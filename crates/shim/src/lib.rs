@@ -26,6 +26,7 @@ mod log;
 mod metrics;
 mod network;
 mod node_host;
+mod node_size;
 mod process;
 mod publisher;
 mod run;

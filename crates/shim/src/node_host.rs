@@ -13,8 +13,8 @@ use std::time::SystemTime;
 
 use agent_proto::{CONTROL_PORT, api};
 use hypervisor::{Disk, VmSpec};
-use ids::{DiskSerial, GuestCid, SandboxId};
-use pod_spec::{Bundle, ContainerSpec, Role, RuntimeConfig, SpecError};
+use ids::{DiskSerial, GuestCid, Mib, SandboxId};
+use pod_spec::{Bundle, ContainerSpec, MIN_VM_MEMORY, Role, RuntimeConfig, SpecError};
 use pod_storage::{Rootfs, RootfsForm, StorageError, Store, WrittenBack};
 use sandbox::{
     ContainerKind, ContainerPlan, CreateTask, GuestContainer, GuestDisk, GuestRootfs, Host,
@@ -22,6 +22,7 @@ use sandbox::{
 };
 
 use crate::network;
+use crate::node_size;
 use crate::serve::PodRequest;
 use crate::start::read_bundle;
 
@@ -45,6 +46,31 @@ impl NodeHost {
             bundle: pod.bundle.to_path_buf(),
             config: pod.config.clone(),
         }
+    }
+
+    /// The memory that the VM starts with: what the pod wants, as far as its cgroup has room for it.
+    fn start_memory(&self, bundle: &Bundle, wanted: Mib) -> Result<Mib, SandboxError> {
+        let limit = memory_limit(bundle)?.unwrap_or(wanted);
+        let exhausted = |limit: Mib| {
+            let message = format!(
+                "the pod's cgroup leaves its VM {} MiB of memory, and no VM starts with less than {}: raise the pod's \
+                 limits or its RuntimeClass's overhead",
+                limit.0, MIN_VM_MEMORY.0
+            );
+            SandboxError::new(SandboxErrorKind::ResourceExhausted, message)
+        };
+        if limit < MIN_VM_MEMORY {
+            return Err(exhausted(limit));
+        }
+        if limit < wanted {
+            tracing::warn!(
+                sandbox_id = self.id.as_str(),
+                wanted_mib = wanted.0,
+                mib = limit.0,
+                "the pod's cgroup has no room for its limits and the VM's overhead: raise its RuntimeClass's overhead"
+            );
+        }
+        Ok(wanted.min(limit))
     }
 
     fn store(&self) -> Result<Store, SandboxError> {
@@ -81,6 +107,7 @@ impl NodeHost {
             )
             .map_err(storage_error)?;
         Ok(GuestContainer {
+            limits: Some(spec.limits),
             spec_json: spec.guest_spec,
             rootfs: guest_rootfs(rootfs)?,
             live: spec.live,
@@ -105,6 +132,7 @@ impl NodeHost {
             .rootfs(&task.container, &[], tools)
             .map_err(storage_error)?;
         Ok(GuestContainer {
+            limits: None,
             spec_json: pod_spec::shell_spec(&shell.args, task.stdio.terminal, &shell.term),
             rootfs: guest_rootfs(rootfs)?,
             copied_mounts: Vec::new(),
@@ -120,9 +148,15 @@ impl NodeHost {
 impl Host for NodeHost {
     fn plan_pod(&self) -> Result<PodPlan, SandboxError> {
         let bundle = bundle(&self.bundle)?;
-        let pod = bundle.pod(&self.config.guest).map_err(spec_error)?;
+        let node = node_size::node().map_err(|error| {
+            let message = "find out how large the node is";
+            SandboxError::new(SandboxErrorKind::Internal, message).because(error)
+        })?;
+        let pod = bundle.pod(&self.config.guest, node).map_err(spec_error)?;
         let limits = self.config.limits.limits(&bundle.annotations());
         let limits = limits.map_err(spec_error)?;
+        let size = pod.size.started_with;
+        let memory = self.start_memory(&bundle, size.memory)?;
         let scratch = self.store()?.scratch_disk().map_err(storage_error)?;
         let guest = &self.config.guest;
         let mut configure = api::ConfigureSandboxRequest::new();
@@ -158,8 +192,10 @@ impl Host for NodeHost {
         };
         let vm = VmSpec {
             sandbox: self.id.clone(),
-            vcpus: pod.size.vcpus,
-            memory: pod.size.memory,
+            vcpus: size.vcpus,
+            max_vcpus: pod.size.largest.vcpus,
+            memory,
+            max_memory: pod.size.largest.memory,
             kernel,
             initramfs,
             kernel_arguments: guest.kernel_arguments.clone(),
@@ -172,6 +208,7 @@ impl Host for NodeHost {
         };
         Ok(PodPlan {
             vm,
+            overhead: pod.size.overhead,
             configure,
             loopback,
             guard,
@@ -213,6 +250,17 @@ impl Host for NodeHost {
             guard: nothing_to_undo(),
         })
     }
+
+    fn memory_limit(&self) -> Result<Option<Mib>, SandboxError> {
+        memory_limit(&bundle(&self.bundle)?)
+    }
+}
+
+fn memory_limit(bundle: &Bundle) -> Result<Option<Mib>, SandboxError> {
+    node_size::memory_limit(bundle.cgroups_path()).map_err(|error| {
+        let message = "read the memory limit of the pod's cgroup";
+        SandboxError::new(SandboxErrorKind::Internal, message).because(error)
+    })
 }
 
 fn nothing_to_undo() -> Box<dyn Any + Send> {

@@ -1,7 +1,7 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! Block, net, fs, vsock, rng, console and balloon over guest memory; knows neither KVM nor the transport.
+//! Block, net, fs, vsock, rng, console, balloon and mem over guest memory; knows neither KVM nor the transport.
 //!
 //! # The two halves of a device
 //! ```text
@@ -37,6 +37,7 @@ pub mod fs;
 mod guest_io;
 mod interrupt;
 mod limiter;
+pub mod mem;
 mod metrics;
 pub mod net;
 mod queue;

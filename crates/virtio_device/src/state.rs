@@ -9,6 +9,7 @@ use crate::balloon::BalloonState;
 use crate::block::BlockState;
 use crate::console::ConsoleState;
 use crate::fs::FsState;
+use crate::mem::MemState;
 use crate::net::NetState;
 use crate::rng::RngState;
 use crate::vsock::VsockState;
@@ -25,6 +26,8 @@ pub enum DeviceState {
     Console(ConsoleState),
     /// File system.
     Fs(FsState),
+    /// Memory device.
+    Mem(MemState),
     /// Network card.
     Net(NetState),
     /// Entropy source.

@@ -23,8 +23,6 @@ pub const PFN_BYTES: u32 = 4;
 pub mod feature {
     use crate::Features;
 
-    /// The driver takes pages back when it runs out of memory.
-    pub const DEFLATE_ON_OOM: Features = Features::bit(2);
     /// The driver reports free pages on a queue of their own.
     pub const REPORTING: Features = Features::bit(5);
 }

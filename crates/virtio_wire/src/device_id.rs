@@ -24,6 +24,8 @@ impl DeviceId {
     pub const BALLOON: Self = Self(5);
     /// Socket device (§5.10).
     pub const VSOCK: Self = Self(19);
+    /// Memory device (§5.15).
+    pub const MEM: Self = Self(24);
     /// File system (§5.11).
     pub const FS: Self = Self(26);
 
@@ -38,6 +40,7 @@ impl DeviceId {
             Self::RNG => "rng",
             Self::BALLOON => "balloon",
             Self::VSOCK => "vsock",
+            Self::MEM => "mem",
             Self::FS => "fs",
             _ => "unknown",
         }

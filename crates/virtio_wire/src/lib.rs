@@ -20,6 +20,7 @@ pub mod console;
 mod device_id;
 mod features;
 pub mod fs;
+pub mod mem;
 pub mod net;
 mod status;
 pub mod vhost_user;

@@ -32,7 +32,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let config = Config {
         vcpus: vcpus.parse()?,
+        max_vcpus: 0,
         memory_mib: memory.parse()?,
+        max_memory_mib: 0,
         boot,
         kernel_arguments: rest.join(" "),
         cid: 3,

@@ -87,7 +87,9 @@ fn once(
 ) -> Result<u128, Box<dyn Error>> {
     let config = Config {
         vcpus: 1,
+        max_vcpus: 0,
         memory_mib: 128,
+        max_memory_mib: 0,
         boot: BootProtocol::Auto,
         kernel_arguments: String::new(),
         cid: 3,

@@ -176,6 +176,14 @@ pub(crate) fn confine_vcpu() -> Result<(), VmmError> {
     confine(ThreadRole::Vcpu)
 }
 
+/// Confines the calling thread to what a vCPU needs that is made while the guest runs.
+///
+/// # Errors
+/// [`VmmError::Jail`].
+pub(crate) fn confine_spare_vcpu() -> Result<(), VmmError> {
+    confine(ThreadRole::SpareVcpu)
+}
+
 /// Confines the calling thread to what the control thread needs.
 ///
 /// # Errors

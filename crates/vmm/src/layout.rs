@@ -18,9 +18,13 @@
 //!   0xd000_0000  virtio-mmio windows, one page each
 //!   0xfec0_0000  IOAPIC        0xfee0_0000  local APIC        0xfffb_d000  KVM's pages for real mode
 //! 0x1_0000_0000  RAM that did not fit below the hole
+//! next 2 GiB     what may be plugged while the VM runs
 //! ```
 
+use std::ops::Range;
+
 use ids::Mib;
+use virtio_device::mem::SLOT_BYTES;
 use vm_memory::GuestAddress;
 
 /// Page size.
@@ -106,6 +110,22 @@ pub fn ram_blocks(memory: Mib) -> Vec<RamBlock> {
     blocks
 }
 
+/// What may be plugged starts at such a border: Linux adds memory by up to as much to a guest that has 64 GiB and more
+/// (`MAX_BLOCK_SIZE` in its `arch/x86/mm/init_64.c`).
+const PLUGGABLE_ALIGN: u64 = 2 << 30;
+
+/// Where memory can be plugged into a guest that starts with `memory` and may grow to `max`: whole slots, none if it may
+/// not grow.
+#[must_use]
+pub fn pluggable(memory: Mib, max: Mib) -> Range<u64> {
+    let end = ram_blocks(memory).last().map_or(0, RamBlock::end);
+    let start = end.max(HOLE_END).next_multiple_of(PLUGGABLE_ALIGN);
+    let growth = ids::Bytes::from(Mib(max.0.saturating_sub(memory.0))).0;
+    let room = ids::Bytes::from(MAX_MEMORY).0.saturating_sub(start);
+    let len = growth.next_multiple_of(SLOT_BYTES).min(room);
+    start..start.saturating_add(len)
+}
+
 /// What the guest may use freely of `blocks`: everything but the BIOS area.
 #[must_use]
 pub fn usable_ranges(blocks: &[RamBlock]) -> Vec<RamBlock> {
@@ -184,6 +204,21 @@ mod tests {
         assert_eq!(usable_ranges(&blocks).len(), 3);
         let most: u64 = ram_blocks(MAX_MEMORY).iter().map(|block| block.len).sum();
         assert_eq!(most, 1 << 40);
+    }
+
+    #[test]
+    fn pluggable_memory_is_whole_slots_behind_all_ram() {
+        assert!(pluggable(Mib(512), Mib(512)).is_empty());
+        let one = pluggable(Mib(512), Mib(513));
+        assert_eq!((one.start, one.end), (4 << 30, (4 << 30) + SLOT_BYTES));
+        let large = pluggable(Mib(5000), Mib(10_000));
+        assert_eq!(
+            (large.start, large.end - large.start),
+            (6 << 30, 40 * SLOT_BYTES)
+        );
+        let most = pluggable(Mib(512), MAX_MEMORY);
+        assert_eq!(most.end, 1 << 40);
+        assert!(pluggable(MAX_MEMORY, MAX_MEMORY).is_empty());
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! One VM: memory, vCPUs, interrupt lines and devices, put together.
 
 mod file_system;
+mod resize;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -37,6 +38,7 @@ use crate::vcpu::{ExitCounters, Surroundings, Vcpu, VcpuThread};
 use crate::{Ends, VmmError, memory};
 
 pub use file_system::FileSystemParts;
+use resize::{Resizing, SpareParts};
 
 /// The most vCPUs: what the guest kernel is built for.
 const MAX_VCPUS: u8 = 64;
@@ -85,6 +87,7 @@ pub struct MachineState {
 pub struct Machine {
     // Fields are dropped in this order: vCPUs and devices before what they run on.
     vcpus: Vec<VcpuThread>,
+    resizing: Resizing,
     bus: Arc<Bus>,
     /// For what must answer at once.
     io: Arc<IoThread>,
@@ -127,6 +130,8 @@ pub struct ThreadSetup {
     pub io: fn() -> Result<(), VmmError>,
     /// Every vCPU thread.
     pub vcpu: fn() -> Result<(), VmmError>,
+    /// The threads of vCPUs that are made later.
+    pub spare: fn() -> Result<(), VmmError>,
 }
 
 impl Machine {
@@ -142,21 +147,38 @@ impl Machine {
     ) -> Result<Self, VmmError> {
         let vcpus = check(config)?;
         let blocks = layout::ram_blocks(Mib(config.memory_mib));
-        let vm = create_vm(&resources.kvm)?;
-        let memory = Arc::new(memory::map_ram(&blocks)?);
+        let possible = VcpuCount::new(resize::most(config).0).unwrap_or(vcpus);
+        let vm = Arc::new(create_vm(&resources.kvm)?);
+        let memory = memory::map_ram(&blocks)?;
         register_memory(&vm, &memory, &blocks)?;
         let windows = windows(config);
         let source = BootSource {
             kernel: &resources.kernel,
             initramfs: &resources.initramfs,
             protocol: config.boot,
-            command_line: &cmdline::build(windows, &config.kernel_arguments)?,
-            vcpus,
+            command_line: &cmdline::build(windows, vcpus, &config.kernel_arguments)?,
+            vcpus: possible,
         };
         let (entry, from_files) = boot::load(&memory, &blocks, &source)?;
+        let memory = Memory::new(memory);
         let vsock = vsock(config, resources.vsock, resources.host_ports)?;
+        let backing = BackingSwitch::new(Backing::Private);
+        let release = MemoryRelease::new(memory.clone(), backing.clone());
+        let balloon = Balloon::new(
+            ids::Bytes::from(Mib(config.memory_mib)).0,
+            Arc::new(release),
+        );
+        let last_window = windows.saturating_sub(1);
+        let resizing = Resizing::new(
+            config,
+            last_window,
+            Arc::clone(&vm),
+            memory.clone(),
+            balloon.handle(),
+        );
         let mut machine = Self {
             vcpus: Vec::new(),
+            resizing,
             bus: Arc::new(Bus::new(windows)),
             io: Arc::new(IoThread::start("io", setup.io)?),
             disk_io: Arc::new(IoThread::start("disk", setup.io)?),
@@ -170,7 +192,7 @@ impl Machine {
             disks: BTreeMap::new(),
             file_system: None,
             from_files,
-            backing: BackingSwitch::new(Backing::Private),
+            backing,
             paused: AtomicBool::new(false),
             console: Arc::new(ConsoleLog::new(
                 resources
@@ -179,18 +201,19 @@ impl Machine {
             )),
             vsock: vsock.handle(),
             exits: Arc::default(),
-            vm: Arc::new(vm),
+            vm,
             kvm: resources.kvm,
             memory,
         };
         machine.set_limits(config.limits);
         machine.add_device(VSOCK_WINDOW, Box::new(vsock))?;
-        machine.add_devices(config)?;
+        machine.add_device(BALLOON_WINDOW, Box::new(balloon))?;
+        machine.add_devices()?;
         for (disk, file) in config.disks.iter().zip(resources.disks) {
             machine.attach_disk(disk, file)?;
         }
         machine.add_networks(config, resources.taps)?;
-        machine.add_vcpus(vcpus, entry, &ends, setup.vcpu)?;
+        machine.add_vcpus((vcpus, possible), entry, &ends, setup)?;
         Ok(machine)
     }
 
@@ -347,6 +370,7 @@ impl Machine {
         vsock.connections.truncate(MAX_DUMPED_CONNECTIONS);
         serde_json::json!({
             "vcpus": self.vcpus.len(),
+            "size": self.resizing.dump(),
             "exits": exits,
             "stray_accesses": self.bus.stray_accesses.get(),
             "devices": devices,
@@ -370,18 +394,14 @@ impl Machine {
         }
     }
 
-    fn add_devices(&mut self, config: &Config) -> Result<(), VmmError> {
+    fn add_devices(&mut self) -> Result<(), VmmError> {
         let console =
             Console::new(Arc::clone(&self.console)).map_err(|source| VmmError::Device {
                 name: "console",
                 source,
             })?;
         self.add_device(CONSOLE_WINDOW, Box::new(console))?;
-        self.add_device(RNG_WINDOW, Box::new(Rng::new(Arc::new(HostEntropy))))?;
-        let release = MemoryRelease::new(Arc::clone(&self.memory), self.backing.clone());
-        let bytes = ids::Bytes::from(Mib(config.memory_mib)).0;
-        let balloon = Balloon::new(bytes, Arc::new(release));
-        self.add_device(BALLOON_WINDOW, Box::new(balloon))
+        self.add_device(RNG_WINDOW, Box::new(Rng::new(Arc::new(HostEntropy))))
     }
 
     fn add_networks(&mut self, config: &Config, taps: Vec<OwnedFd>) -> Result<(), VmmError> {
@@ -444,7 +464,7 @@ impl Machine {
         let transport = Transport::new(TransportParts {
             device,
             index,
-            memory: Arc::clone(&self.memory),
+            memory: self.memory.clone(),
             signals: Arc::new(Signals::new(line)),
             kicks,
             host: host as Arc<dyn WorkerHost>,
@@ -473,10 +493,10 @@ impl Machine {
 
     fn add_vcpus(
         &mut self,
-        count: VcpuCount,
+        (count, possible): (VcpuCount, VcpuCount),
         entry: Entry,
         ends: &Arc<Ends>,
-        before: BeforeThread,
+        setup: ThreadSetup,
     ) -> Result<(), VmmError> {
         let supported = self
             .kvm
@@ -494,14 +514,19 @@ impl Machine {
                 .vm
                 .create_vcpu(u64::from(id))
                 .map_err(VmmError::kvm("create a vCPU"))?;
-            configure_vcpu(&fd, &policy, id, count)?;
+            configure_vcpu(&fd, &policy, id, possible)?;
             if id == 0 {
                 set_entry(&fd, entry)?;
             }
-            let vcpu = Vcpu::new(fd, id, surroundings.clone()).start(before)?;
+            let vcpu = Vcpu::new(fd, id, surroundings.clone()).start(setup.vcpu)?;
             self.vcpus.push(vcpu);
         }
-        Ok(())
+        let parts = SpareParts {
+            policy,
+            count: possible,
+            surroundings,
+        };
+        self.add_spares(count.get(), &parts, setup.spare)
     }
 }
 
@@ -525,12 +550,14 @@ fn vsock(
     })
 }
 
-/// How many windows there are: the first devices, the disk slots, the network cards.
+/// How many windows there are: the first devices, the disk slots, the network cards, and one for memory that is plugged
+/// later if there can be any.
 fn windows(config: &Config) -> u16 {
     let networks = u16::try_from(config.networks.len()).unwrap_or(u16::MAX);
     layout::FIRST_DISK_SLOT
         .saturating_add(config.disk_slots)
         .saturating_add(networks)
+        .saturating_add(u16::from(resize::has_window(config)))
 }
 
 fn check(config: &Config) -> Result<VcpuCount, VmmError> {
@@ -541,6 +568,13 @@ fn check(config: &Config) -> Result<VcpuCount, VmmError> {
             config.vcpus
         ));
     };
+    let (most_vcpus, most_memory) = resize::most(config);
+    if most_vcpus > MAX_VCPUS || most_memory > layout::MAX_MEMORY {
+        return bad(format!(
+            "up to {most_vcpus} vCPUs and {most_memory} of memory: {MAX_VCPUS} and {} are the most",
+            layout::MAX_MEMORY
+        ));
+    }
     let memory = Mib(config.memory_mib);
     if !(layout::MIN_MEMORY..=layout::MAX_MEMORY).contains(&memory) {
         let (min, max) = (layout::MIN_MEMORY, layout::MAX_MEMORY);
@@ -562,7 +596,8 @@ fn check(config: &Config) -> Result<VcpuCount, VmmError> {
     if windows(config) > layout::MAX_DEVICES {
         let slots = config.disk_slots;
         return bad(format!(
-            "{slots} disk slots and {networks} network cards: at most {max_slots} together are possible"
+            "{slots} disk slots and {networks} network cards: at most {max_slots} together are possible, one less if memory can \
+             be plugged"
         ));
     }
     Ok(vcpus)

@@ -8,7 +8,11 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
 
 use crate::VmmError;
 use crate::layout::{PAGE_BYTES, RamBlock};
@@ -33,26 +37,78 @@ pub fn map_ram(blocks: &[RamBlock]) -> Result<GuestMemoryMmap, VmmError> {
         operation: "map guest memory",
         source: io::Error::other(error),
     })?;
-    let total: u64 = blocks.iter().map(|block| block.len).sum();
     for region in memory.iter() {
-        // A core file would hold the tenant's memory.
-        advise(region, libc::MADV_DONTDUMP)?;
-        if total <= SMALL_PAGES_UP_TO {
-            small_pages(region)?;
-        }
+        prepare(region, pages(blocks))?;
     }
     Ok(memory)
 }
 
+/// How large the pages of guest memory are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pages {
+    /// 4 KiB.
+    Small,
+    /// As the host's settings have it.
+    Host,
+}
+
+/// The pages of a guest that starts with these blocks.
+pub(crate) fn pages(blocks: &[RamBlock]) -> Pages {
+    let total: u64 = blocks.iter().map(|block| block.len).sum();
+    if total <= SMALL_PAGES_UP_TO {
+        Pages::Small
+    } else {
+        Pages::Host
+    }
+}
+
+/// Maps `len` bytes more for the guest, at `address` for it: private, or a part of a shared file.
+///
+/// # Errors
+/// The host's.
+pub(crate) fn map_more(
+    address: GuestAddress,
+    len: u64,
+    pages: Pages,
+    file: Option<FileOffset>,
+) -> io::Result<GuestRegionMmap> {
+    let len = usize::try_from(len).map_err(io::Error::other)?;
+    let flags = if file.is_some() {
+        libc::MAP_SHARED
+    } else {
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS
+    };
+    let mut builder = MmapRegionBuilder::new(len)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(flags | libc::MAP_NORESERVE);
+    if let Some(file) = file {
+        builder = builder.with_file_offset(file);
+    }
+    let mapping = builder.build().map_err(io::Error::other)?;
+    let region = GuestRegionMmap::new(mapping, address)
+        .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+    prepare(&region, pages).map_err(io::Error::other)?;
+    Ok(region)
+}
+
+fn prepare(region: &GuestRegionMmap, pages: Pages) -> Result<(), VmmError> {
+    // A core file would hold the tenant's memory.
+    advise(region, libc::MADV_DONTDUMP)?;
+    match pages {
+        Pages::Small => small_pages(region),
+        Pages::Host => Ok(()),
+    }
+}
+
 /// A kernel without huge pages (`EINVAL`) has nothing else.
-fn small_pages(region: &vm_memory::GuestRegionMmap) -> Result<(), VmmError> {
+fn small_pages(region: &GuestRegionMmap) -> Result<(), VmmError> {
     match advise(region, libc::MADV_NOHUGEPAGE) {
         Err(VmmError::Host { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => Ok(()),
         result => result,
     }
 }
 
-fn advise(region: &vm_memory::GuestRegionMmap, advice: libc::c_int) -> Result<(), VmmError> {
+fn advise(region: &GuestRegionMmap, advice: libc::c_int) -> Result<(), VmmError> {
     let len = usize::try_from(region.len()).unwrap_or(0);
     // SAFETY: the range is a whole mapping that `region` owns; the advice does not change its content.
     let result = unsafe { libc::madvise(region.as_ptr().cast(), len, advice) };

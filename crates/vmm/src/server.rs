@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
-use ids::VsockPort;
+use ids::{Mib, VsockPort};
 use kvm_ioctls::Kvm;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::MsgFlags;
@@ -105,10 +105,12 @@ fn build(
         Some(_) => ThreadSetup {
             io: jail::confine_io,
             vcpu: jail::confine_vcpu,
+            spare: jail::confine_spare_vcpu,
         },
         None => ThreadSetup {
             io: || Ok(()),
             vcpu: || Ok(()),
+            spare: || Ok(()),
         },
     };
     let machine = Machine::build(config, resources, Arc::clone(&ends), setup)?;
@@ -313,6 +315,10 @@ impl Server {
             Request::SetLimits(limits) => {
                 self.machine.set_limits(limits);
                 Ok(Answer::Done)
+            }
+            Request::Resize { vcpus, memory_mib } => {
+                let size = self.machine.resize(vcpus, Mib(memory_mib))?;
+                Ok(Answer::Size(size))
             }
             Request::ConsoleTail => Ok(Answer::Text(self.console_tail())),
             Request::Dump => Ok(Answer::Text(self.machine.dump().to_string())),

@@ -17,6 +17,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
@@ -35,20 +36,25 @@ const HAS_CONTENT: u64 = 1 << 63 | 1 << 62;
 
 /// Where guest memory goes.
 pub(crate) struct Target<'a> {
-    /// An empty file as large as guest memory, which cannot shrink.
+    /// An empty file as large as guest memory with all that can be plugged, which cannot shrink.
     pub(crate) file: &'a File,
     /// This process's `/proc/<pid>/pagemap`, opened by someone who may. It tells which pages have content; reading the
     /// others would cost a fault each.
     pub(crate) pagemap: &'a File,
     /// What is mapped from files, and so has content without having pages.
     pub(crate) from_files: &'a [RamBlock],
+    /// Where memory can be plugged.
+    pub(crate) pluggable: &'a Range<u64>,
 }
 
-/// Where guest memory goes in its file.
-pub(crate) fn regions(memory: &GuestMemoryMmap) -> Vec<Region> {
+/// Where guest memory goes in its file: what the VM started with, then all that can be plugged, whether it is or not.
+pub(crate) fn regions(memory: &GuestMemoryMmap, pluggable: &Range<u64>) -> Vec<Region> {
     let mut regions = Vec::new();
     let mut offset = 0u64;
-    for region in memory.iter() {
+    let started_with = memory
+        .iter()
+        .filter(|region| !pluggable.contains(&region.start_addr().0));
+    for region in started_with {
         regions.push(Region {
             address: region.start_addr().0,
             len: region.len(),
@@ -56,7 +62,23 @@ pub(crate) fn regions(memory: &GuestMemoryMmap) -> Vec<Region> {
         });
         offset = offset.saturating_add(region.len());
     }
+    if !pluggable.is_empty() {
+        regions.push(Region {
+            address: pluggable.start,
+            len: pluggable.end.saturating_sub(pluggable.start),
+            offset,
+        });
+    }
     regions
+}
+
+/// The offset of pluggable memory in the file.
+pub(crate) fn pluggable_offset(memory: &GuestMemoryMmap, pluggable: &Range<u64>) -> u64 {
+    let regions = regions(memory, pluggable);
+    let found = regions
+        .iter()
+        .find(|region| region.address == pluggable.start);
+    found.map_or(0, |region| region.offset)
 }
 
 /// Moves all of guest memory, once.
@@ -64,7 +86,7 @@ pub(crate) fn regions(memory: &GuestMemoryMmap) -> Vec<Region> {
 /// # Errors
 /// The file has another size, or the host is out of memory.
 pub(crate) fn share(memory: &GuestMemoryMmap, target: &Target<'_>) -> Result<(), VmmError> {
-    let regions = regions(memory);
+    let regions = regions(memory, target.pluggable);
     let expected: u64 = regions.iter().map(|region| region.len).sum();
     let mut file = target.file;
     let len = file
@@ -75,7 +97,17 @@ pub(crate) fn share(memory: &GuestMemoryMmap, target: &Target<'_>) -> Result<(),
             reason: format!("the file for guest memory has {len} bytes, guest memory {expected}"),
         });
     }
-    for region in &regions {
+    for region in memory.iter() {
+        let start = region.start_addr().0;
+        let place = regions.iter().find(|place| {
+            (place.address..place.address.saturating_add(place.len)).contains(&start)
+        });
+        let into = place.map_or(0, |place| start.saturating_sub(place.address));
+        let region = Region {
+            address: start,
+            len: region.len(),
+            offset: place.map_or(0, |place| place.offset.saturating_add(into)),
+        };
         let mut done = 0;
         while done < region.len {
             let piece = Region {
@@ -197,9 +229,10 @@ mod tests {
             file: &file,
             pagemap: &File::open("/proc/self/pagemap").unwrap(),
             from_files: &[from_file],
+            pluggable: &(0..0),
         };
         share(&memory, &target).unwrap();
-        assert_eq!(regions(&memory).len(), 1);
+        assert_eq!(regions(&memory, &(0..0)).len(), 1);
         let mut bytes = [0; 4];
         for address in [0, 0x5000, (32 << 20) - 2, 71 << 20, (72 << 20) - 4] {
             file.read_exact_at(&mut bytes, address).unwrap();
@@ -221,6 +254,32 @@ mod tests {
     }
 
     #[test]
+    fn plugged_memory_goes_behind_the_rest_at_its_place_in_the_region() {
+        let pluggable = (4 << 30)..(4 << 30) + (64 << 20);
+        let ranges = [(0, 4 << 20), ((4 << 30) + (32 << 20), 16 << 20)];
+        let ranges = ranges.map(|(start, len)| (GuestAddress(start), len));
+        let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+        let plugged = GuestAddress((4 << 30) + (32 << 20) + 8192);
+        memory.write_slice(b"plugged", plugged).unwrap();
+        let file = memfd(68 << 20);
+        let target = Target {
+            file: &file,
+            pagemap: &File::open("/proc/self/pagemap").unwrap(),
+            from_files: &[],
+            pluggable: &pluggable,
+        };
+        share(&memory, &target).unwrap();
+        assert_eq!(pluggable_offset(&memory, &pluggable), 4 << 20);
+        assert_eq!(regions(&memory, &pluggable).len(), 2);
+        let mut bytes = [0; 7];
+        file.read_exact_at(&mut bytes, (36 << 20) + 8192).unwrap();
+        assert_eq!(&bytes, b"plugged");
+        memory.write_slice(b"changed", plugged).unwrap();
+        file.read_exact_at(&mut bytes, (36 << 20) + 8192).unwrap();
+        assert_eq!(&bytes, b"changed");
+    }
+
+    #[test]
     fn untouched_memory_costs_nothing_after_the_move_either() {
         let memory = map_ram(&layout::ram_blocks(Mib(64))).unwrap();
         memory.write_slice(&[1; 4096], GuestAddress(0)).unwrap();
@@ -229,6 +288,7 @@ mod tests {
             file: &file,
             pagemap: &File::open("/proc/self/pagemap").unwrap(),
             from_files: &[],
+            pluggable: &(0..0),
         };
         share(&memory, &target).unwrap();
         let blocks = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap());
@@ -243,6 +303,7 @@ mod tests {
             file: &file,
             pagemap: &File::open("/proc/self/pagemap").unwrap(),
             from_files: &[],
+            pluggable: &(0..0),
         };
         assert!(matches!(
             share(&memory, &target),

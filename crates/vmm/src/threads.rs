@@ -11,6 +11,21 @@ use crate::VmmError;
 /// Stack of every thread but the first: the deepest path (a block request with 254 segments) takes a third of it.
 pub(crate) const STACK_BYTES: usize = 128 << 10;
 
+/// Starts a thread, and waits for nothing of it.
+///
+/// # Errors
+/// The host has no thread left.
+pub(crate) fn launch(
+    name: &str,
+    work: impl FnOnce() + Send + 'static,
+) -> Result<JoinHandle<()>, VmmError> {
+    Builder::new()
+        .name(name.to_owned())
+        .stack_size(STACK_BYTES)
+        .spawn(work)
+        .map_err(VmmError::host("start a thread"))
+}
+
 /// Starts a thread that runs `before`, whose answer this function waits for, and then `work`.
 ///
 /// # Errors
@@ -21,18 +36,14 @@ pub(crate) fn spawn(
     work: impl FnOnce() + Send + 'static,
 ) -> Result<JoinHandle<()>, VmmError> {
     let (send, ready) = sync_channel(1);
-    let thread = Builder::new()
-        .name(name.to_owned())
-        .stack_size(STACK_BYTES)
-        .spawn(move || {
-            let result = before();
-            let go = result.is_ok();
-            let _ = send.send(result);
-            if go {
-                work();
-            }
-        })
-        .map_err(VmmError::host("start a thread"))?;
+    let thread = launch(name, move || {
+        let result = before();
+        let go = result.is_ok();
+        let _ = send.send(result);
+        if go {
+            work();
+        }
+    })?;
     match ready.recv() {
         Ok(Ok(())) => Ok(thread),
         Ok(Err(error)) => Err(error),

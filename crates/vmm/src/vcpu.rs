@@ -5,11 +5,14 @@
 //!
 //! ```text
 //! Vcpu (configured, not running) ── start ──> VcpuThread ── stop ──> gone
-//!                                               │  ^
-//!                                          pause│  │resume
-//!                                               v  │
+//!                                               │  ^   ^
+//!                                          pause│  │   └─ made ── SpareVcpu (a thread that waits)
+//!                                               v  │resume
 //!                                             paused: save, restore
 //! ```
+//! A spare is for a vCPU that may be wanted later: its thread is there from the start, because none can be made once the
+//! jail is closed, and costs a stack; what KVM keeps of a vCPU is made when it is wanted.
+//!
 //! The thread is kicked out of KVM_RUN by a signal whose handler sets `immediate_exit`, so that a kick that arrives just
 //! before KVM_RUN is not lost.
 #![expect(
@@ -98,7 +101,12 @@ pub struct Vcpu {
     surroundings: Surroundings,
 }
 
+/// A thread for a vCPU that is not there yet.
+pub struct SpareVcpu(VcpuThread);
+
 enum Command {
+    /// Make the vCPU; only of a spare.
+    Make(SyncSender<Result<(), VmmError>>),
     Pause(SyncSender<()>),
     Resume,
     Save(Arc<[u32]>, SyncSender<Result<VcpuState, VmmError>>),
@@ -149,6 +157,43 @@ impl Vcpu {
         })
     }
 
+    /// Starts a thread that makes vCPU `id` with `make` when it is asked to. `before` runs on the thread first; if that
+    /// fails, no vCPU can be made.
+    ///
+    /// # Errors
+    /// The host has no thread left.
+    pub fn spare(
+        id: u8,
+        before: impl FnOnce() -> Result<(), VmmError> + Send + 'static,
+        make: impl FnOnce() -> Result<Self, VmmError> + Send + 'static,
+    ) -> Result<SpareVcpu, VmmError> {
+        let (commands, receiver) = channel();
+        let thread = threads::launch(&format!("vcpu{id}"), move || {
+            let confined = before();
+            // Whatever else comes, there is nothing yet to do it to.
+            let made = receiver.iter().find_map(|command| match command {
+                Command::Make(made) => Some(Some(made)),
+                Command::Stop => Some(None),
+                _ => None,
+            });
+            let Some(Some(reply)) = made else { return };
+            match confined.and_then(|()| make()) {
+                Ok(vcpu) => {
+                    let _ = reply.send(Ok(()));
+                    vcpu.run(&receiver);
+                }
+                Err(error) => {
+                    let _ = reply.send(Err(error));
+                }
+            }
+        })?;
+        Ok(SpareVcpu(VcpuThread {
+            id,
+            commands,
+            thread: Some(thread),
+        }))
+    }
+
     fn run(mut self, commands: &Receiver<Command>) {
         RUN.set(ptr::from_mut(self.fd.get_kvm_run()));
         // A kick that came before the line above is lost, but the command that it was for has come before it.
@@ -170,6 +215,7 @@ impl Vcpu {
                 Ok(Command::Save(msrs, reply)) => {
                     let _ = reply.send(VcpuState::save(&self.fd, &msrs));
                 }
+                Ok(Command::Make(_)) => {}
                 Ok(Command::Stop) | Err(_) => return false,
             }
         }
@@ -194,7 +240,7 @@ impl Vcpu {
                         reason: "the vCPU runs",
                     }));
                 }
-                Command::Resume => {}
+                Command::Resume | Command::Make(_) => {}
             }
         }
         true
@@ -296,6 +342,21 @@ impl Vcpu {
             ),
             _ => "registers cannot be read".to_owned(),
         }
+    }
+}
+
+impl SpareVcpu {
+    /// Makes the vCPU, which is paused then.
+    ///
+    /// # Errors
+    /// KVM or the jail refuses; the spare is gone.
+    pub fn make(self) -> Result<VcpuThread, VmmError> {
+        let (send, made) = sync_channel(1);
+        let _ = self.0.commands.send(Command::Make(send));
+        made.recv().unwrap_or(Err(VmmError::State {
+            reason: "the thread of a spare vCPU has ended",
+        }))?;
+        Ok(self.0)
     }
 }
 

@@ -16,6 +16,7 @@ mod agent;
 mod guest;
 mod input;
 mod machine;
+mod mem;
 mod net;
 mod virtio;
 mod vsock;
@@ -65,6 +66,10 @@ pub const TARGETS: &[Target] = &[
     Target {
         name: "kernel",
         run: machine::kernel,
+    },
+    Target {
+        name: "mem",
+        run: mem::mem,
     },
     Target {
         name: "mmio_registers",

@@ -24,6 +24,7 @@ use virtio_device::vsock::{HostPorts, Vsock, VsockOptions};
 use virtio_device::{Chain, DeviceState, Queue, QueueState, VirtioDevice};
 use virtio_testdriver::TestMemory;
 use virtio_wire::blk::{BlkRequest, RANGE_BYTES, SectorRange};
+use virtio_wire::mem::MemRequest;
 use virtio_wire::{Features, balloon as balloon_wire, vhost_user, vsock as vsock_wire};
 
 use crate::guest::Space;
@@ -46,6 +47,9 @@ pub(crate) fn wire(data: &[u8]) {
     }
     if let Ok(addr) = balloon_wire::parse_page_address(data) {
         assert_eq!(addr % balloon_wire::PAGE_BYTES, 0);
+    }
+    if let Ok(request) = MemRequest::parse(data) {
+        assert_eq!(MemRequest::parse(&request.to_bytes()), Ok(request));
     }
     if let Ok(header) = vsock_wire::Header::parse(data) {
         assert_eq!(
@@ -121,7 +125,7 @@ pub(crate) fn device_state(data: &[u8]) {
         return;
     };
     let mem = TestMemory::new(0x1_0000);
-    let devices: [Box<dyn VirtioDevice<Space>>; 6] = [
+    let devices: [Box<dyn VirtioDevice<Space>>; 7] = [
         Box::new(Balloon::new(
             0x1_0000,
             Arc::new(MemoryRelease::new(
@@ -131,6 +135,7 @@ pub(crate) fn device_state(data: &[u8]) {
         )),
         Box::new(make_block(&memory_file(), Access::ReadWrite)),
         Box::new(Console::new(Arc::default()).expect("a console")),
+        Box::new(crate::mem::device(&Arc::default())),
         Box::new(crate::net::device().0),
         Box::new(Rng::new(Arc::new(Zeroes))),
         Box::new(make_vsock(&Peers::default()).0),

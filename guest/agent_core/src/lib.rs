@@ -28,7 +28,7 @@ pub use network::{CardPlan, NetworkPlan, Prefix, RoutePlan, RulePlan};
 pub use pid_namespace::PidNamespace;
 pub use plan::*;
 pub use service::Service;
-pub use system::{Cgroups, FileEnd, Files, Gate, Job, Launched, System};
+pub use system::{Cgroups, FileEnd, Files, Gate, Hardware, Job, Launched, System};
 pub use table::{Consequences, Exit, ProcessIo, ProcessTable};
 pub use volume_plan::{
     HostFoldersPlan, MAX_VOLUME_NAME_LEN, MAX_VOLUMES, MediumPlan, OwnerPlan, PutPlan, SubPathPlan,

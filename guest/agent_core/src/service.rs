@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::agent::Agent;
-use crate::plan::{ContainerPlan, ExecPlan, SandboxPlan, container_id, process_key};
+use crate::plan::{ContainerPlan, ExecPlan, SandboxPlan, container_id, device_name, process_key};
 use crate::system::System;
 use crate::volume_plan::PutPlan;
 use crate::{Code, Error};
@@ -190,6 +190,24 @@ impl<S: System> service::Agent for Service<S> {
         let agent = self.0.clone();
         finish(async move { agent.update(&id, resources).await }).await?;
         Ok(api::Empty::new())
+    }
+
+    async fn resize_guest(
+        &self,
+        _: &TtrpcContext,
+        request: api::ResizeGuestRequest,
+    ) -> ttrpc::Result<api::GuestSize> {
+        let device = parsed(device_name("memory_device", request.memory_device))?;
+        if request.vcpus == 0 {
+            let none = Error::bad("vcpus", "is 0, at least one is needed".to_owned());
+            return Err(status(&none));
+        }
+        let agent = self.0.clone();
+        let vcpus = finish(async move { agent.resize_guest(request.vcpus, device).await }).await?;
+        Ok(api::GuestSize {
+            vcpus,
+            ..Default::default()
+        })
     }
 
     async fn stats(

@@ -49,7 +49,7 @@ pub struct FileEnd {
 }
 
 /// The machine.
-pub trait System: Cgroups + Files + Send + Sync + 'static {
+pub trait System: Cgroups + Files + Hardware + Send + Sync + 'static {
     /// Makes what the pod's containers share.
     ///
     /// # Errors
@@ -104,6 +104,17 @@ pub trait System: Cgroups + Files + Send + Sync + 'static {
 
     /// Syncs file systems and ends the machine.
     fn power_off(&self);
+}
+
+/// What the VM gives the guest, and takes from it, while it runs.
+pub trait Hardware {
+    /// Has so many vCPUs up as far as the kernel lets it, and binds the device by which memory is plugged. Gives how many
+    /// are up.
+    ///
+    /// # Errors
+    /// [`Error`] for a vCPU that cannot be brought up, or a device that cannot be bound. One that cannot be taken down is no
+    /// error.
+    fn resize(&self, vcpus: u32, memory_device: Option<&str>) -> Result<u32, Error>;
 }
 
 /// What can be changed and seen of a container's cgroup while it is there. Every call may block.

@@ -8,8 +8,8 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex};
 
 use agent_core::{
-    Agent, Cgroups, Code, ContainerPlan, Error, ExecPlan, FileEnd, Files, Gate, Job, Launched,
-    PidNamespace, PutPlan, RootfsPlan, SandboxPlan, StdioPlan, System,
+    Agent, Cgroups, Code, ContainerPlan, Error, ExecPlan, FileEnd, Files, Gate, Hardware, Job,
+    Launched, PidNamespace, PutPlan, RootfsPlan, SandboxPlan, StdioPlan, System,
 };
 use agent_proto::{ProcessKey, api};
 use ids::{ContainerId, Generation};
@@ -105,6 +105,13 @@ impl System for Fake {
     }
 
     fn power_off(&self) {}
+}
+
+impl Hardware for Fake {
+    fn resize(&self, vcpus: u32, device: Option<&str>) -> Result<u32, Error> {
+        self.note(format!("resize {vcpus} {device:?}"));
+        Ok(vcpus)
+    }
 }
 
 impl Cgroups for Fake {

@@ -10,6 +10,7 @@ mod live;
 mod lives;
 mod phases;
 mod pod;
+mod sizes;
 mod soak;
 mod streams;
 mod write_back;

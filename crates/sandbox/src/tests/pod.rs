@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex};
 use agent_proto::api;
 use driver_fake::{FakeDriver, FakeVm, Script, fake_spec};
 use hypervisor::{Disk, DiskAccess};
-use pod_spec::{HostCopy, HostFolder, LiveVolume, WriteBack};
+use ids::Mib;
+use pod_spec::{HostCopy, HostFolder, Limits, LiveVolume, WriteBack};
 use pod_storage::WrittenBack;
 use tempfile::TempDir;
 use tokio::sync::watch;
@@ -59,6 +60,8 @@ pub(super) enum Known {
     /// A container that sleeps, and volumes that are kept current.
     Reader(Vec<LiveVolume>),
     Sharer(Vec<HostFolder>),
+    /// A container that sleeps, with limits.
+    Limited(Limits),
 }
 
 /// A file server that is not there.
@@ -66,6 +69,8 @@ pub(super) const FILE_SERVER: &str = "/nowhere/coffer-virtiofsd";
 
 pub(super) struct FakeHost {
     known: Mutex<BTreeMap<String, Known>>,
+    /// What the pod's cgroup on the host allows the VM.
+    pub(super) memory_limit: Mutex<Option<Mib>>,
     /// What is made on the host and not undone yet.
     pub(super) made: Arc<()>,
 }
@@ -84,6 +89,7 @@ impl Host for FakeHost {
     fn plan_pod(&self) -> Result<PodPlan, SandboxError> {
         Ok(PodPlan {
             vm: fake_spec("pod".parse().unwrap()).unwrap(),
+            overhead: Mib(64),
             configure: api::ConfigureSandboxRequest {
                 hostname: "pod".to_owned(),
                 ..Default::default()
@@ -113,6 +119,10 @@ impl Host for FakeHost {
                 host_folders,
                 ..container(&["sleep"], vec!["layer"])
             }),
+            Some(Known::Limited(limits)) => guest(GuestContainer {
+                limits: Some(limits),
+                ..container(&["sleep"], vec!["layer"])
+            }),
             Some(Known::Writer(args, source, back)) => {
                 let copy = HostCopy {
                     index: 0,
@@ -130,6 +140,10 @@ impl Host for FakeHost {
             guard: Box::new(Arc::clone(&self.made)),
         })
     }
+
+    fn memory_limit(&self) -> Result<Option<Mib>, SandboxError> {
+        Ok(*self.memory_limit.lock().unwrap())
+    }
 }
 
 fn guest(container: GuestContainer) -> ContainerKind {
@@ -139,6 +153,7 @@ fn guest(container: GuestContainer) -> ContainerKind {
 fn container(args: &[&str], serials: Vec<&str>) -> GuestContainer {
     GuestContainer {
         spec_json: spec(args),
+        limits: Some(Limits::default()),
         rootfs: GuestRootfs::Layered(serials.into_iter().map(disk).collect()),
         copied_mounts: Vec::new(),
         live: Vec::new(),
@@ -183,6 +198,7 @@ impl Pod {
         let driver = FakeDriver::new(script.clone());
         let host = Arc::new(FakeHost {
             known: Mutex::default(),
+            memory_limit: Mutex::new(None),
             made: Arc::new(()),
         });
         let told = Told(watch::Sender::new(Vec::new()));

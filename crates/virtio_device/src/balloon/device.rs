@@ -55,9 +55,9 @@ impl BalloonHandle {
         let pages = u32::try_from(bytes / PAGE_BYTES)
             .unwrap_or(u32::MAX)
             .min(self.shared.max_pages);
-        self.shared.target.store(pages, Ordering::Relaxed);
+        let before = self.shared.target.swap(pages, Ordering::Relaxed);
         let interrupt = self.shared.interrupt().clone();
-        if let Some(interrupt) = interrupt {
+        if let Some(interrupt) = interrupt.filter(|_| before != pages) {
             interrupt.signal_config_change();
         }
     }
@@ -115,8 +115,9 @@ impl<S: GuestSpace> VirtioDevice<S> for Balloon {
     }
 
     fn features(&self) -> Features {
-        // Without MUST_TELL_HOST a guest may use pages before it says so: nothing here minds.
-        Features::COMMON | feature::DEFLATE_ON_OOM | feature::REPORTING
+        // Without MUST_TELL_HOST a guest may use pages before it says so: nothing here minds. DEFLATE_ON_OOM is not
+        // offered: what a pod was made smaller by is not its own to take back, and its MemTotal says so.
+        Features::COMMON | feature::REPORTING
     }
 
     fn queue_sizes(&self) -> &[u16] {

@@ -18,9 +18,7 @@ use crate::{DeviceError, DeviceState, QueueState, VirtioDevice, Worker};
 
 const MEMORY: usize = 4 << 20;
 const PAGES: u32 = 1024;
-const ALL: Features = Features::COMMON
-    .union(feature::REPORTING)
-    .union(feature::DEFLATE_ON_OOM);
+const ALL: Features = Features::COMMON.union(feature::REPORTING);
 
 /// Releases real test memory and remembers what.
 struct Recorder {

@@ -3,11 +3,13 @@
 
 //! The kernel's command line.
 
+use ids::VcpuCount;
+
 use crate::{VmmError, layout};
 
 /// What every guest gets, and why.
 const ARGUMENTS: &[&str] = &[
-    "console=hvc0",                          // the virtio console
+    "console=hvc0",                              // the virtio console
     "earlyprintk=serial,0x3f8,115200", // a panic before that console is there; `quiet` keeps all else off it
     "quiet",                           // each line of boot log is an exit
     "reboot=t",       // a triple fault ends the VM at once; nothing else is there to ask
@@ -21,20 +23,23 @@ const ARGUMENTS: &[&str] = &[
     "i8042.noprobe=1", // nor for a keyboard
     "cryptomgr.notests", // no self tests
     "page_reporting.page_reporting_order=5", // free memory goes back to the host from 128 KiB on, not from 2 MiB
+    "memory_hotplug.online_policy=auto-movable", // memory that was plugged can be unplugged: mostly user pages
     "noreplace-smp", // lock prefixes stay: with one vCPU the kernel would patch all of them away
 ];
 
-/// The command line of a guest with `devices` virtio windows, `extra` at its end, and a zero.
+/// The command line of a guest with `devices` virtio windows that brings `vcpus` up at boot, `extra` at its end, and a
+/// zero.
 ///
 /// # Errors
 /// [`VmmError::Config`] if `extra` makes it too long or holds a character that the kernel would misread.
-pub fn build(devices: u16, extra: &str) -> Result<Vec<u8>, VmmError> {
+pub fn build(devices: u16, vcpus: VcpuCount, extra: &str) -> Result<Vec<u8>, VmmError> {
     if let Some(bad) = extra.chars().find(|c| !(' '..='~').contains(c)) {
         return Err(VmmError::Config {
             reason: format!("kernel arguments hold {bad:?}: only printable ASCII is allowed"),
         });
     }
     let mut line = ARGUMENTS.join(" ");
+    line.push_str(&format!(" maxcpus={}", vcpus.get()));
     for index in 0..devices {
         let (window, gsi) = (layout::window(index), layout::gsi(index));
         line.push_str(&format!(" virtio_mmio.device=4K@{window:#x}:{gsi}:{index}"));
@@ -69,27 +74,31 @@ mod tests {
 
     #[test]
     fn each_window_is_declared_once_with_its_line() {
-        let line = String::from_utf8(build(2, "debug").unwrap()).unwrap();
+        let line = String::from_utf8(build(2, VcpuCount::ONE, "debug").unwrap()).unwrap();
         assert!(line.contains(" virtio_mmio.device=4K@0xd0000000:5:0 "));
         assert!(line.contains(" virtio_mmio.device=4K@0xd0001000:6:1 "));
         assert_eq!(line.matches("virtio_mmio.device=").count(), 2);
-        assert!(line.ends_with(" debug\0"));
+        assert!(line.contains(" maxcpus=1 ") && line.ends_with(" debug\0"));
     }
 
     #[test]
     fn most_devices_fit_and_a_line_past_the_cap_does_not() {
-        let most = build(layout::MAX_DEVICES, "").unwrap().len();
+        let most = build(layout::MAX_DEVICES, VcpuCount::ONE, "")
+            .unwrap()
+            .len();
         let room = layout::MAX_COMMAND_LINE_BYTES - most - 1;
         assert_eq!(
-            build(layout::MAX_DEVICES, &"a".repeat(room)).unwrap().len(),
+            build(layout::MAX_DEVICES, VcpuCount::ONE, &"a".repeat(room))
+                .unwrap()
+                .len(),
             layout::MAX_COMMAND_LINE_BYTES
         );
-        assert!(build(layout::MAX_DEVICES, &"a".repeat(room + 1)).is_err());
+        assert!(build(layout::MAX_DEVICES, VcpuCount::ONE, &"a".repeat(room + 1)).is_err());
     }
 
     #[test]
     fn control_characters_are_refused() {
-        assert!(build(0, "a\0b").is_err());
-        assert!(build(0, "a\nb").is_err());
+        assert!(build(0, VcpuCount::ONE, "a\0b").is_err());
+        assert!(build(0, VcpuCount::ONE, "a\nb").is_err());
     }
 }

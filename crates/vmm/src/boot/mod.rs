@@ -54,7 +54,7 @@ pub struct BootSource<'a> {
     pub protocol: BootProtocol,
     /// The command line with its zero.
     pub command_line: &'a [u8],
-    /// CPUs for the MP table.
+    /// CPUs for the MP table: all that there can be.
     pub vcpus: VcpuCount,
 }
 

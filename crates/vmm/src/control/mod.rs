@@ -70,6 +70,13 @@ pub enum Request {
     ConsoleTail,
     /// All counters and states, as JSON.
     Dump,
+    /// Be of another size, as far as the guest does its part. May be asked again to learn how far it has.
+    Resize {
+        /// Virtual CPUs that the guest may bring up.
+        vcpus: u8,
+        /// Guest memory.
+        memory_mib: u32,
+    },
     /// Stop the vCPUs and the devices.
     Pause,
     /// Let them run again.
@@ -85,8 +92,14 @@ pub enum Request {
 pub struct Config {
     /// Virtual CPUs, 1 to 64.
     pub vcpus: u8,
+    /// The most virtual CPUs that it can be resized to, 1 to 64; 0 for those that it starts with.
+    #[serde(default)]
+    pub max_vcpus: u8,
     /// Guest memory.
     pub memory_mib: u32,
+    /// The most memory that it can be resized to; 0 for what it starts with.
+    #[serde(default)]
+    pub max_memory_mib: u32,
     /// Which entry of the kernel to take.
     #[serde(default)]
     pub boot: BootProtocol,
@@ -195,6 +208,20 @@ pub enum Answer {
     },
     /// Text: the console's tail, or the dump.
     Text(String),
+    /// How large the VM is now.
+    Size(Size),
+}
+
+/// How large a VM is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Size {
+    /// Virtual CPUs that the guest can bring up.
+    pub vcpus: u8,
+    /// Memory that the guest has, by its own account.
+    pub memory_mib: u32,
+    /// The guest's platform device for memory that is plugged, once there is one.
+    pub device: Option<String>,
 }
 
 /// Why a call failed.

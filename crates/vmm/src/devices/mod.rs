@@ -19,14 +19,13 @@ mod signals;
 mod tests;
 mod transport;
 
-use std::sync::Arc;
-
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 pub use bus::{Bus, Place};
 pub use io_thread::IoThread;
 pub use signals::Signals;
 pub use transport::{Doorbells, Transport, TransportParts, TransportState, WorkerHost, registers};
 
-/// Guest memory as devices hold it.
-pub type Memory = Arc<GuestMemoryMmap>;
+/// Guest memory as devices hold it: a view that changes when memory is plugged or unplugged. Who has taken the view before
+/// keeps what is in it.
+pub type Memory = GuestMemoryAtomic<GuestMemoryMmap>;

@@ -82,7 +82,7 @@ impl Rig {
         let transport = Transport::new(TransportParts {
             device: Box::new(Rng::new(Arc::new(Sevens))),
             index: 0,
-            memory: self.mem.space(),
+            memory: self.mem.space().into(),
             signals: Arc::new(Signals::new(Arc::clone(&self.line))),
             kicks: vec![Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap())],
             host: Arc::clone(&self.io) as Arc<dyn WorkerHost>,

@@ -390,7 +390,7 @@ impl Transport {
     fn activate(&mut self) {
         let interrupt = Arc::clone(&self.parts.signals) as Arc<dyn Interrupt>;
         let activation = Activation {
-            memory: Arc::clone(&self.parts.memory),
+            memory: self.parts.memory.clone(),
             queues: self.state.queues.clone(),
             features: Features::from_bits(self.state.driver_features),
             interrupt,

@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 use virtio_device::balloon::Backing;
 use virtio_device::fs::{Fs, FsOptions};
 use virtio_wire::fs::QUEUES;
+use vm_memory::GuestAddressSpace;
 
 use super::Machine;
 use crate::boot::cmdline;
@@ -21,7 +22,7 @@ use crate::{End, Ends, VmmError};
 pub struct FileSystemParts {
     /// The vhost-user connection to the file server.
     pub connection: UnixStream,
-    /// An empty file for guest memory, exactly as large, sealed against shrinking.
+    /// An empty file for guest memory with all that can be plugged, exactly as large, sealed against shrinking.
     pub memory: File,
     /// `/proc/<pid>/pagemap` of this process.
     pub pagemap: File,
@@ -52,7 +53,7 @@ impl Machine {
             tag: tag.to_owned(),
             connection: parts.connection,
             memory: Arc::clone(&memory),
-            regions: sharing::regions(&self.memory),
+            regions: sharing::regions(&self.memory.memory(), &self.resizing.pluggable),
             kicks: kicks.clone(),
             on_loss: Box::new({
                 let ends = Arc::clone(ends);
@@ -67,7 +68,7 @@ impl Machine {
         Ok(cmdline::platform_device(index))
     }
 
-    fn share_memory(&mut self, file: &File, pagemap: &File) -> Result<(), VmmError> {
+    fn share_memory(&mut self, file: &Arc<File>, pagemap: &File) -> Result<(), VmmError> {
         let running = !self.paused.load(Ordering::SeqCst);
         if running {
             self.pause();
@@ -76,10 +77,12 @@ impl Machine {
             file,
             pagemap,
             from_files: &self.from_files,
+            pluggable: &self.resizing.pluggable,
         };
-        let result = sharing::share(&self.memory, &target);
+        let result = sharing::share(&self.memory.memory(), &target);
         if result.is_ok() {
             self.backing.set(Backing::Shared);
+            self.resizing.share(&self.memory, Arc::clone(file));
         }
         if running {
             self.resume();

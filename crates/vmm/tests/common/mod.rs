@@ -61,7 +61,9 @@ pub(crate) fn files(kernel: &[u8]) -> Files {
 pub(crate) fn config() -> Config {
     Config {
         vcpus: 1,
+        max_vcpus: 1,
         memory_mib: 128,
+        max_memory_mib: 128,
         boot: BootProtocol::Auto,
         kernel_arguments: String::new(),
         cid: 3,

@@ -1,7 +1,8 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! What is asked of a container's cgroup: to freeze, to have other limits, to be measured.
+//! What is asked of a container's cgroup: to freeze, to have other limits, to be measured; and of the guest: to have other
+//! hardware.
 
 use agent_proto::api;
 use ids::ContainerId;
@@ -48,6 +49,15 @@ impl<S: System> Agent<S> {
             .await;
         self.table().end_change(id, false);
         updated
+    }
+
+    /// Takes what the VM has more of, or does without what it is to have less of. Gives the number of vCPUs that are up.
+    ///
+    /// # Errors
+    /// Those of [`crate::system::Hardware::resize`].
+    pub async fn resize_guest(&self, vcpus: u32, device: Option<String>) -> Result<u32, Error> {
+        self.blocking(move |system| system.resize(vcpus, device.as_deref()))
+            .await
     }
 
     /// What a container uses and may use.

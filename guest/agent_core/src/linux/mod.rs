@@ -9,6 +9,7 @@ mod copied;
 mod cpuset;
 mod device_program;
 mod disk;
+mod hardware;
 mod host_folders;
 mod huge_pages;
 mod mount;

@@ -18,6 +18,7 @@ mod lifecycle;
 mod limits;
 mod network;
 mod pod_security;
+mod resize;
 mod resources;
 mod software;
 mod streaming;
