@@ -229,6 +229,8 @@ async fn slow_mount_delays_neither_signals_nor_events() {
         let agent = agent.clone();
         async move { agent.create_container(plan("slow")).await }
     });
+    // It has its name now: nothing below need wait long enough for it to begin.
+    tokio::task::yield_now().await;
     agent.create_container(plan("quick")).await.unwrap();
     let quick = plan("quick").key;
     agent.signal(&quick, 15, false).await.unwrap();
