@@ -286,8 +286,7 @@ fn node_scripts(
             .filter_map(|line| line.strip_suffix(": test"))
             .filter(|name| arguments.wants(name))
             .collect();
-        for (number, script) in scripts.iter_mut().enumerate() {
-            let dealt: Vec<&str> = names.iter().copied().skip(number).step_by(count).collect();
+        for (script, dealt) in scripts.iter_mut().zip(deal(&names, count)) {
             if !dealt.is_empty() {
                 let dealt = dealt.join(" ");
                 script.push_str(&format!("run '{path}' --test-threads=1 --exact {dealt}\n"));
@@ -298,6 +297,24 @@ fn node_scripts(
         script.push_str("exit $code\n");
     }
     Ok(scripts)
+}
+
+/// Deals tests out to `count` nodes. Those of one module in a module stay together, for they may share what is dear to make.
+fn deal<'a>(names: &[&'a str], count: usize) -> Vec<Vec<&'a str>> {
+    let module = |name: &'a str| {
+        let (module, _) = name.rsplit_once("::")?;
+        module.contains("::").then_some(module)
+    };
+    let together = |one: &&'a str, other: &&'a str| {
+        module(one).is_some_and(|of_one| module(other) == Some(of_one))
+    };
+    let mut dealt = vec![Vec::new(); count];
+    for (hand, group) in (0..count).cycle().zip(names.chunk_by(together)) {
+        if let Some(hand) = dealt.get_mut(hand) {
+            hand.extend_from_slice(group);
+        }
+    }
+    dealt
 }
 
 /// Passes on whole lines, so that those of several nodes do not mix, and keeps a copy. A line that ends a test is passed on
@@ -376,6 +393,25 @@ mod tests {
                 .ends_with(" COFFER_SOAK=20 COFFER_SEED=7")
         );
         assert!(arguments.wants("truth::one") && !arguments.wants("faults::one"));
+    }
+
+    #[test]
+    fn tests_that_may_share_something_stay_together() {
+        let names = [
+            "a::one",
+            "a::two",
+            "k::x::one",
+            "k::x::two",
+            "k::y::one",
+            "z",
+        ];
+        assert_eq!(
+            deal(&names, 2),
+            [
+                vec!["a::one", "k::x::one", "k::x::two", "z"],
+                vec!["a::two", "k::y::one"]
+            ]
+        );
     }
 
     #[test]

@@ -34,12 +34,18 @@ impl Node {
             std::env::var_os("COFFER_E2E").is_some(),
             "the end-to-end tests run in a node: use `cargo xtask test`"
         );
-        let log_at_start = fs::metadata(CONTAINERD_LOG).map_or(0, |log| log.len());
+        let log_at_start = log_len();
         Self {
             test: test.to_owned(),
             before: Audit::take(),
-            log_at_start: usize::try_from(log_at_start).unwrap_or(0),
+            log_at_start,
         }
+    }
+
+    /// Takes the node for a further test without an audit in between: what is made for several tests goes with the last.
+    pub fn hand_to(&mut self, test: &str) {
+        test.clone_into(&mut self.test);
+        self.log_at_start = log_len();
     }
 
     /// What containerd and the shims have logged since the test began.
@@ -76,6 +82,11 @@ impl Node {
         write("node-kernel.log", command::run("dmesg", &[]).stdout);
         keep_folder(Path::new("/run/coffer"), &directory.join("run-coffer"));
     }
+}
+
+fn log_len() -> usize {
+    let len = fs::metadata(CONTAINERD_LOG).map_or(0, |log| log.len());
+    usize::try_from(len).unwrap_or(0)
 }
 
 fn keep_folder(from: &Path, to: &Path) {

@@ -18,9 +18,10 @@ const SOCKET: &str = "unix:///run/containerd/containerd.sock";
 
 /// A kubelet of one test: it removes its pods at its end.
 pub(crate) struct Kubelet {
-    runtime: Runtime,
-    client: RuntimeServiceClient<Channel>,
-    logs: PathBuf,
+    pub(crate) runtime: Runtime,
+    pub(crate) client: RuntimeServiceClient<Channel>,
+    /// Where its pods' containers log to.
+    pub(crate) logs: PathBuf,
     pods: Vec<String>,
 }
 
@@ -44,13 +45,14 @@ macro_rules! call {
     ($kubelet:expr, $method:ident, $request:expr) => {{
         let mut client = $kubelet.client.clone();
         let mut request = tonic::Request::new($request);
-        request.set_timeout(DEADLINE);
+        request.set_timeout(e2e::DEADLINE);
         $kubelet
             .runtime
             .block_on(async move { client.$method(request).await })
             .map(tonic::Response::into_inner)
     }};
 }
+pub(crate) use call;
 
 impl Kubelet {
     pub(crate) fn new(test: &str) -> Self {
@@ -103,7 +105,7 @@ impl Kubelet {
         change(&mut config);
         let request = v1::RunPodSandboxRequest {
             config: Some(config.clone()),
-            runtime_handler: "coffer".to_owned(),
+            runtime_handler: handler(),
         };
         let id = call!(self, run_pod_sandbox, request)?.pod_sandbox_id;
         self.pods.push(id.clone());
@@ -430,9 +432,8 @@ impl Kubelet {
 
     /// The lines that a container logged to `stream`, without CRI's time stamps and tags.
     pub(crate) fn log(&self, name: &str, attempt: u32, stream: &str) -> String {
-        let text =
-            fs::read_to_string(self.logs.join(format!("{name}_{attempt}.log"))).unwrap_or_default();
-        lines_of(&text, stream)
+        let log = fs::read(self.logs.join(format!("{name}_{attempt}.log"))).unwrap_or_default();
+        lines_of(&String::from_utf8_lossy(&log), stream)
     }
 }
 
@@ -466,6 +467,11 @@ fn lines_of(log: &str, stream: &str) -> String {
         (fields.nth(1) == Some(stream)).then(|| fields.nth(1).unwrap_or_default().to_owned() + "\n")
     };
     log.lines().filter_map(of_stream).collect()
+}
+
+/// The runtime handler of every pod. With another than Coffer's one sees whether a case is Kubernetes' or Coffer's.
+fn handler() -> String {
+    std::env::var("COFFER_E2E_HANDLER").unwrap_or_else(|_| "coffer".to_owned())
 }
 
 /// A kubelet's default: pod-wide network and ipc, a pid namespace for each container.

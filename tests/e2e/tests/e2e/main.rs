@@ -14,6 +14,7 @@ mod cri_client;
 mod faults;
 mod host_folders;
 mod isolation;
+mod kubernetes;
 mod lifecycle;
 mod limits;
 mod network;

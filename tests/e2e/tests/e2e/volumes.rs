@@ -62,7 +62,7 @@ impl PodDir {
     }
 
     /// The file for a container's termination message as kubelet makes it.
-    fn termination_log(&self, container: &str) -> PathBuf {
+    pub(crate) fn termination_log(&self, container: &str) -> PathBuf {
         let path = self
             .path
             .join("containers")
@@ -93,7 +93,7 @@ impl PodDir {
     }
 
     /// A subPath as kubelet binds it.
-    fn sub_path(&mut self, of: &Path, path: &str, volume: &str, number: u32) -> PathBuf {
+    pub(crate) fn sub_path(&mut self, of: &Path, path: &str, volume: &str, number: u32) -> PathBuf {
         let source = of.join(path);
         if !source.exists() {
             fs::create_dir_all(&source).unwrap();
