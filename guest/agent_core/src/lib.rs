@@ -4,6 +4,7 @@
 //! Process table, stdio, cgroups, mounts and reaper of the guest agent.
 
 mod agent;
+mod block_plan;
 mod error;
 mod events;
 mod files;
@@ -18,6 +19,7 @@ mod table;
 mod volume_plan;
 
 pub use agent::{Agent, ProcessInfo};
+pub use block_plan::{BlockDevicePlan, MAX_BLOCK_DEVICES};
 pub use error::{Code, Error};
 pub use events::Events;
 pub use network::{CardPlan, NetworkPlan, Prefix, RoutePlan, RulePlan};
@@ -26,6 +28,6 @@ pub use service::Service;
 pub use system::{Cgroups, FileEnd, Files, Gate, Job, Launched, System};
 pub use table::{Consequences, Exit, ProcessIo, ProcessTable};
 pub use volume_plan::{
-    HostFoldersPlan, MAX_VOLUME_NAME_LEN, MAX_VOLUMES, MediumPlan, OwnerPlan, PutPlan, SubPathPlan,
-    VolumePlan,
+    HostFoldersPlan, MAX_VOLUME_NAME_LEN, MAX_VOLUMES, MAX_WRITABLE_MOUNTS, MediumPlan, OwnerPlan,
+    PutPlan, SubPathPlan, VolumePlan,
 };

@@ -6,15 +6,19 @@
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod bad_input;
+mod block_volumes;
 mod cofferctl;
 mod cri;
 mod cri_client;
+mod empty_dirs;
 mod faults;
 mod host_folders;
 mod isolation;
 mod lifecycle;
+mod mount_propagation;
 mod network;
 mod resources;
+mod shared_files;
 mod software;
 mod streams;
 mod terminal;
