@@ -112,8 +112,8 @@ fn later_mounts_of_the_host_do_not_arrive_where_they_are_not_asked_for() {
     fs::write(place.join("note"), "mounted later\n").unwrap();
     becomes(&kubelet, &slave, read, "mounted later\n");
     assert_eq!(output(&kubelet, &private, read), "below\n");
-    // And what the host takes away goes there too.
-    run("umount", &[place.to_str().unwrap()]).success();
+    // And what the host takes away goes there too. Lazily: a pod that has looked at it keeps it busy, as with any runtime.
+    run("umount", &["-l", place.to_str().unwrap()]).success();
     dir.forget_mount(&place);
     becomes(&kubelet, &slave, read, "below\n");
     kubelet.stop_pod(&pod);
