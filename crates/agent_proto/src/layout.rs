@@ -40,9 +40,14 @@ pub fn copied_mount(id: &ContainerId, index: u32) -> String {
     format!("{}/copied/{index}", container_dir(id))
 }
 
-/// An emptyDir on the scratch disk, shared by the containers of the pod. `name` is one path component.
-pub fn scratch_volume(name: &str) -> String {
-    format!("{SCRATCH_DIR}/volumes/{name}")
+/// Where the disk of an emptyDir is mounted. `name` is one path component.
+pub fn volume_disk(name: &str) -> String {
+    format!("{RUN_DIR}/volume_disks/{name}")
+}
+
+/// An emptyDir on a disk of its own, shared by the containers of the pod: a directory of that disk.
+pub fn disk_volume(name: &str) -> String {
+    format!("{}/content", volume_disk(name))
 }
 
 /// A volume of the pod in guest memory, shared by its containers. `name` is one path component.

@@ -61,6 +61,7 @@ impl Host for Node {
             volumes: Vec::new(),
             sub_paths: Vec::new(),
             host_folders: self.0.lock().unwrap().clone(),
+            block_devices: Vec::new(),
         }));
         Ok(ContainerPlan {
             kind,
@@ -121,6 +122,7 @@ fn folder(name: &str, source: &Path, access: FolderAccess) -> HostFolder {
         source: source.to_owned(),
         access,
         propagation: FolderPropagation::Private,
+        writable: Vec::new(),
     }
 }
 

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use ids::{Bytes, ContainerId, SandboxId};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
+use crate::block_devices::BlockDevice;
 use crate::config::Guest;
 use crate::error::SpecError;
 use crate::host_folders::HostFolder;
@@ -68,6 +69,8 @@ pub struct ContainerSpec {
     pub limits: Limits,
     /// The host's own directories that the container mounts, each once.
     pub host_folders: Vec<HostFolder>,
+    /// The block devices of the host that it has.
+    pub block_devices: Vec<BlockDevice>,
     /// The root file system on the host, relative to the bundle or absolute: where it is if containerd hands over no
     /// mounts for it.
     pub host_rootfs: PathBuf,

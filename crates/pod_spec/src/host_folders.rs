@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use crate::host_mounts::HostMounts;
+
 /// The bytes of a name's digest: two directories of a pod have different names.
 const DIGEST_BYTES: usize = 16;
 
@@ -23,7 +25,13 @@ pub struct HostFolder {
     pub access: FolderAccess,
     /// Whether later mounts of the host below it arrive.
     pub propagation: FolderPropagation,
+    /// Of one that is read-only itself: the mounts below it that may be written, relative to it, parents first. At most
+    /// [`MAX_WRITABLE_MOUNTS`]; what is mounted there later, or beyond that, is read-only.
+    pub writable: Vec<PathBuf>,
 }
+
+/// The most mounts of the host that stay writable below a read-only directory.
+pub const MAX_WRITABLE_MOUNTS: usize = 256;
 
 /// Whether a pod may write to a shared directory; the host enforces it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,7 +55,11 @@ pub enum FolderPropagation {
 
 impl HostFolder {
     /// The share for a bind mount of `source` with `options`; why there is none, if there cannot be one.
-    pub(crate) fn new(source: &Path, options: &[String]) -> Result<Self, String> {
+    pub(crate) fn new(
+        source: &Path,
+        options: &[String],
+        host: &HostMounts,
+    ) -> Result<Self, String> {
         let has = |wanted: &[&str]| {
             options
                 .iter()
@@ -77,6 +89,10 @@ impl HostFolder {
             source: source.to_owned(),
             access,
             propagation,
+            writable: match access {
+                FolderAccess::ReadOnly => host.writable_below(source, MAX_WRITABLE_MOUNTS),
+                FolderAccess::ReadWrite | FolderAccess::RecursiveReadOnly => Vec::new(),
+            },
         })
     }
 }
@@ -107,7 +123,19 @@ mod tests {
 
     fn folder(source: &str, options: &[&str]) -> Result<HostFolder, String> {
         let options: Vec<String> = options.iter().map(|option| (*option).to_owned()).collect();
-        HostFolder::new(Path::new(source), &options)
+        let host = HostMounts::parse(b"2 1 8:2 / /srv/a rw - ext4 /dev/sdb1 rw\n");
+        HostFolder::new(Path::new(source), &options, &host)
+    }
+
+    #[test]
+    fn mounts_below_stay_writable_unless_the_option_is_recursive() {
+        for (options, writable) in [
+            (vec!["rbind", "ro"], vec![PathBuf::from("a")]),
+            (vec!["rbind", "rro"], vec![]),
+            (vec!["rbind", "rw"], vec![]),
+        ] {
+            assert_eq!(folder("/srv", &options).unwrap().writable, writable);
+        }
     }
 
     #[test]

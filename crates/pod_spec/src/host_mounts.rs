@@ -22,6 +22,8 @@ pub(crate) struct HostMount {
     pub(crate) place: PathBuf,
     /// The file system's type.
     pub(crate) fs_type: String,
+    /// Whether this mount of it is read-only.
+    read_only: bool,
     /// The file system's own options.
     options: String,
 }
@@ -32,6 +34,7 @@ pub(crate) struct HostMount {
 pub struct HostMounts {
     mounts: Vec<HostMount>,
     directories: BTreeSet<PathBuf>,
+    filled: BTreeSet<PathBuf>,
 }
 
 impl HostMounts {
@@ -43,6 +46,7 @@ impl HostMounts {
                 .filter_map(parse_line)
                 .collect(),
             directories: BTreeSet::new(),
+            filled: BTreeSet::new(),
         }
     }
 
@@ -56,9 +60,34 @@ impl HostMounts {
         }
     }
 
+    /// The same, with those of the emptyDirs of medium Disk ([`crate::disk_empty_dirs`]) that somebody on the host has put
+    /// files into.
+    #[must_use]
+    pub fn with_filled(self, filled: BTreeSet<PathBuf>) -> Self {
+        Self { filled, ..self }
+    }
+
+    /// Whether `path` is known to be an emptyDir with files of the host's.
+    pub(crate) fn is_filled(&self, path: &Path) -> bool {
+        self.filled.contains(path)
+    }
+
     /// Whether `path` is known to be a directory.
     pub(crate) fn is_directory(&self, path: &Path) -> bool {
         self.directories.contains(path)
+    }
+
+    /// The mounts below `folder` that may be written, relative to it, parents first; at most `max` of them.
+    pub(crate) fn writable_below(&self, folder: &Path, max: usize) -> Vec<PathBuf> {
+        let below: BTreeSet<&Path> = self
+            .mounts
+            .iter()
+            // What is behind an autofs is mounted by who looks at it.
+            .filter(|mount| !mount.read_only && mount.fs_type != "autofs")
+            .filter_map(|mount| mount.place.strip_prefix(folder).ok())
+            .filter(|below| !below.as_os_str().is_empty())
+            .collect();
+        below.into_iter().take(max).map(Path::to_owned).collect()
     }
 
     /// All mounts, the last one first.
@@ -119,6 +148,10 @@ fn parse_line(line: &[u8]) -> Option<HostMount> {
     let device = text(fields.nth(2)?)?;
     let root = unescaped(fields.next()?);
     let place = unescaped(fields.next()?);
+    let read_only = fields
+        .next()?
+        .split(|byte| *byte == b',')
+        .any(|option| option == b"ro");
     let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
     let fs_type = text(fields.next()?)?;
     let options = text(fields.nth(1)?)?;
@@ -127,6 +160,7 @@ fn parse_line(line: &[u8]) -> Option<HostMount> {
         root,
         place,
         fs_type,
+        read_only,
         options,
     })
 }
@@ -189,6 +223,20 @@ mod tests {
         let bind = mounts.mounts.get(2).unwrap();
         let paths: Vec<PathBuf> = mounts.other_paths(bind).collect();
         assert_eq!(paths, [PathBuf::from("/var/lib/my kubelet/x/sub")]);
+    }
+
+    #[test]
+    fn writable_mounts_below_a_folder_are_found_parents_first() {
+        let text = b"1 0 8:1 / /srv rw - ext4 /dev/sda1 rw\n\
+            2 1 8:2 / /srv/a/b/c rw - ext4 /dev/sdb1 rw\n\
+            3 1 8:2 / /srv/a rw,relatime - ext4 /dev/sdb1 ro\n\
+            4 1 8:2 / /srv/fixed ro,relatime - ext4 /dev/sdb1 rw\n\
+            5 1 8:2 / /srv/trap rw - autofs systemd-1 rw\n\
+            6 1 8:2 / /srvother/a rw - ext4 /dev/sdb1 rw\n";
+        let mounts = HostMounts::parse(text);
+        let below = |max| mounts.writable_below(Path::new("/srv"), max);
+        assert_eq!(below(9), ["a", "a/b/c"].map(PathBuf::from));
+        assert_eq!(below(1), [PathBuf::from("a")]);
     }
 
     #[test]

@@ -14,6 +14,7 @@
 //! at [`Bundle::container`].
 #![forbid(unsafe_code)]
 
+mod block_devices;
 mod bundle;
 mod config;
 mod config_text;
@@ -32,6 +33,7 @@ mod translate;
 mod update;
 mod volumes;
 
+pub use block_devices::BlockDevice;
 pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role, SubPath};
 pub use config::{
     Debug, FileServer, Guest, Log, LogLevel, MIN_VM_MEMORY, MetadataService, Network,
@@ -39,7 +41,7 @@ pub use config::{
 };
 pub use config_text::{ConfigError, ConfigMistake};
 pub use error::SpecError;
-pub use host_folders::{FolderAccess, FolderPropagation, HostFolder};
+pub use host_folders::{FolderAccess, FolderPropagation, HostFolder, MAX_WRITABLE_MOUNTS};
 pub use host_mounts::HostMounts;
 pub use ledger::Ledger;
 pub use shell::shell_spec;
@@ -49,5 +51,5 @@ pub use translate::exec_process;
 pub use update::{LimitChanges, MAX_RESOURCES_BYTES, ResourceUpdate};
 pub use volumes::{
     EmptyDir, LiveVolume, MAX_TERMINATION_MESSAGE, MAX_WRITTEN_BACK, Medium, VolumeKind, WriteBack,
-    classify,
+    classify, disk_empty_dirs,
 };

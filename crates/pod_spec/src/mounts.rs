@@ -92,7 +92,7 @@ fn one(
         VolumeKind::WrittenBack(back) => copy(id, source, Some(back), &mut needs.copies),
         VolumeKind::Shared => {
             let options = mount.options().as_deref().unwrap_or_default();
-            HostFolder::new(&source, options)
+            HostFolder::new(&source, options, host)
                 .and_then(|folder| share(folder, &mut needs.host_folders))
         }
     };
@@ -126,7 +126,7 @@ fn empty_dir(
     needs: &mut Needs,
 ) -> Result<String, String> {
     let place = match volume.medium {
-        Medium::Disk => layout::scratch_volume(&volume.name),
+        Medium::Disk => layout::disk_volume(&volume.name),
         Medium::Memory(_) | Medium::HugePages(_) => layout::memory_volume(&volume.name),
     };
     let guest_source = if below.as_os_str().is_empty() {
@@ -352,7 +352,7 @@ mod tests {
         assert_eq!(
             sources,
             [
-                PathBuf::from("/run/coffer/scratch/volumes/u.v"),
+                PathBuf::from("/run/coffer/volume_disks/u.v/content"),
                 PathBuf::from("/run/coffer/sub_paths/c1/0")
             ]
         );

@@ -11,7 +11,7 @@ use crate::bundle::{ContainerSpec, MAX_SPEC_BYTES, Role, is_object};
 use crate::error::SpecError;
 use crate::host_mounts::HostMounts;
 use crate::sizing::Limits;
-use crate::{devices, mounts, namespaces, refusals};
+use crate::{block_devices, devices, mounts, namespaces, refusals};
 
 /// Profiles that containerd sets for every container of a node with AppArmor, or that mean "none".
 const DEFAULT_APPARMOR: [&str; 3] = ["", "unconfined", "cri-containerd.apparmor.d"];
@@ -37,6 +37,7 @@ pub(crate) fn container(
         .linux_mut()
         .as_mut()
         .ok_or(SpecError::Missing("linux"))?;
+    let block_devices = block_devices::take(linux)?;
     translate_linux(linux, role)?;
 
     let (mounts, needs) = mounts::translate(id, spec.mounts().clone().unwrap_or_default(), host)?;
@@ -61,6 +62,7 @@ pub(crate) fn container(
         empty_dirs: needs.empty_dirs,
         sub_paths: needs.sub_paths,
         host_folders: needs.host_folders,
+        block_devices,
         host_rootfs,
     })
 }

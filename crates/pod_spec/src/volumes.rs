@@ -13,8 +13,10 @@
 //! | `pods/<uid>/containers/<container>/<file>` | where the container leaves its termination message |
 //! | `pods/<uid>/etc-hosts` | the pod's `/etc/hosts` |
 //!
+//! An emptyDir that somebody on the host has put files into is shared, for they are meant to be seen.
 //! What is elsewhere is copied if it is a read-only file, and otherwise shared.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use ids::Bytes;
@@ -50,7 +52,7 @@ pub struct EmptyDir {
     pub name: String,
     /// What it is kept in.
     pub medium: Medium,
-    /// Where the kubelet made it on the host: its owner and mode count, its contents do not.
+    /// Where the kubelet made it on the host: its owner and mode count. The disk of one of medium Disk is kept there.
     pub source: PathBuf,
 }
 
@@ -66,7 +68,7 @@ pub struct LiveVolume {
 /// What an emptyDir is kept in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Medium {
-    /// The pod's scratch disk.
+    /// A disk of its own, kept in the kubelet's directory.
     Disk,
     /// Guest memory, with the volume's sizeLimit if there is one.
     Memory(Option<Bytes>),
@@ -158,6 +160,9 @@ fn kubelets(source: &Path, read_only: bool, host: &HostMounts) -> Option<VolumeK
         .join(&place.plugin)
         .join(&place.name);
     if place.plugin == EMPTY_DIR {
+        if host.is_filled(&whole) {
+            return Some(VolumeKind::Shared);
+        }
         return Some(VolumeKind::EmptyDir {
             volume: EmptyDir {
                 name,
@@ -179,6 +184,22 @@ fn kubelets(source: &Path, read_only: bool, host: &HostMounts) -> Option<VolumeK
     } else {
         VolumeKind::Copied
     })
+}
+
+/// Those directories of the kubelet's that are the emptyDirs of medium Disk among `sources`, or of which these are parts.
+/// Which of them are filled is for the caller to find out: [`HostMounts::with_filled`].
+pub fn disk_empty_dirs<'a>(
+    sources: impl Iterator<Item = &'a Path>,
+    host: &HostMounts,
+) -> BTreeSet<PathBuf> {
+    sources
+        .filter_map(|source| match kubelets(source, false, host)? {
+            VolumeKind::EmptyDir { volume, .. } if volume.medium == Medium::Disk => {
+                Some(volume.source)
+            }
+            _ => None,
+        })
+        .collect()
 }
 
 /// A path below a pod's directory of a kubelet's.
@@ -356,6 +377,24 @@ mod tests {
                 VolumeKind::Shared,
                 "{number}"
             );
+        }
+    }
+
+    #[test]
+    fn empty_dir_that_the_host_has_filled_is_shared_and_so_are_its_parts() {
+        let part = "/data/kubelet/pods/u1/volume-subpaths/disk/main/1";
+        let sources = [volume("disk"), volume("mem"), part.to_owned()];
+        let host = HostMounts::parse(MOUNTINFO);
+        let found = disk_empty_dirs(sources.iter().map(Path::new), &host);
+        assert_eq!(found, [PathBuf::from(volume("disk"))].into());
+        let host = host.with_filled(found);
+        for (source, shared) in [
+            (volume("disk"), true),
+            (part.to_owned(), true),
+            (volume("mem"), false),
+        ] {
+            let kind = classify(Path::new("/x"), Path::new(&source), false, &host);
+            assert_eq!(kind == VolumeKind::Shared, shared, "{source}");
         }
     }
 

@@ -79,6 +79,9 @@ pub enum StorageError {
     /// An emptyDir of the kubelet's is no directory.
     #[error("{} is no directory, as an emptyDir must be: delete the pod and let it be made again", .0.display())]
     NotADirectory(PathBuf),
+    /// Something else is where an emptyDir's disk should be.
+    #[error("{} is not the disk of an emptyDir: remove it, or delete the pod", .0.display())]
+    NotADisk(PathBuf),
     /// What a container may write is no regular file.
     #[error("{} is no regular file, so it cannot be written back: mount a file", .0.display())]
     NotAFile(PathBuf),

@@ -178,11 +178,11 @@ fn key(lowers: &[PathBuf]) -> Result<String, StorageError> {
 }
 
 /// `prefix` and as much of a hash as a serial number holds.
-fn serial(prefix: &str, hash: &str) -> Result<DiskSerial, StorageError> {
+pub(crate) fn serial(prefix: &str, hash: &str) -> Result<DiskSerial, StorageError> {
     let text: String = prefix.chars().chain(hash.chars()).take(20).collect();
     text.parse().map_err(StorageError::Serial)
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

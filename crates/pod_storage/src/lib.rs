@@ -19,13 +19,15 @@
 //!
 //! All functions block, but those of [`Watch`]; call them off the async threads.
 
+mod block_devices;
 mod build;
 mod copies;
+mod empty_dirs;
 mod error;
+mod ext4;
 mod image;
 mod live;
 mod plan;
-mod scratch;
 mod volumes;
 mod watch;
 mod write_back;
@@ -37,13 +39,15 @@ use std::path::{Path, PathBuf};
 use agent_proto::api;
 use hypervisor::{Disk, DiskAccess};
 use ids::{ContainerId, DiskSerial};
-use pod_spec::HostCopy;
+use pod_spec::{EmptyDir, HostCopy};
 
+pub use block_devices::{BlockVolume, block_devices};
 pub use copies::{MAX_COPY_BYTES, MAX_COPY_ENTRIES};
+pub use empty_dirs::{EmptyDirVolume, filled_by_the_host};
 pub use error::StorageError;
 pub use live::{LiveTree, MAX_LIVE_VOLUMES, MAX_VOLUME_BYTES, MAX_VOLUME_ENTRIES};
 pub use plan::{RootfsMount, RootfsPlan};
-pub use volumes::{empty_dirs, host_mounts, sub_paths};
+pub use volumes::{host_mounts, sub_paths};
 pub use watch::Watch;
 pub use write_back::{Written, WrittenBack};
 
@@ -100,7 +104,13 @@ impl Store {
     /// # Errors
     /// [`StorageError::Tool`] if the template cannot be made, [`StorageError::Io`] if it cannot be cloned.
     pub fn scratch_disk(&self) -> Result<Disk, StorageError> {
-        scratch::clone_template(&self.config)
+        let file = image::unnamed_file(&self.config.cache_dir)?;
+        ext4::fill(&self.config, ext4::Use::Scratch, &file)?;
+        Ok(Disk {
+            serial: "scratch".parse().map_err(StorageError::Serial)?,
+            file,
+            access: DiskAccess::ReadWrite,
+        })
     }
 
     /// The root file system of container `id` from containerd's mounts. `directory` is where the root file system is if
@@ -162,6 +172,16 @@ impl Store {
     /// what is neither file, folder nor symbolic link, [`StorageError::Io`] if something cannot be read.
     pub fn copy_files(&self, copies: &[HostCopy]) -> Result<Vec<api::CopiedMount>, StorageError> {
         copies::read_all(copies)
+    }
+
+    /// EmptyDirs for the guest; those of medium Disk with the disk that they are kept on, which is made in the kubelet's
+    /// directory if it is not there yet.
+    ///
+    /// # Errors
+    /// [`StorageError::Io`] if a directory is not there, [`StorageError::NotADirectory`] if it is none,
+    /// [`StorageError::NotADisk`] if something else has the disk's name, [`StorageError::Tool`] if none can be made.
+    pub fn empty_dirs(&self, volumes: &[EmptyDir]) -> Result<Vec<EmptyDirVolume>, StorageError> {
+        empty_dirs::make(&self.config, volumes)
     }
 
     fn layers(

@@ -8,12 +8,14 @@ use std::sync::Arc;
 
 use agent_client::{AgentError, HostStdio};
 use agent_proto::{ProcessKey, api};
+use hypervisor::Disk;
 use ids::{ContainerId, DiskSerial, Generation};
-use pod_storage::WrittenBack;
+use pod_storage::{BlockVolume, EmptyDirVolume, WrittenBack};
 use task_state::{Pid, ProcessId, Role};
 use tokio::sync::watch;
 
 use crate::convert;
+use crate::disks::Sharing;
 use crate::error::{SandboxError, SandboxErrorKind};
 use crate::host::{ContainerKind, ContainerPlan, GuestContainer, GuestDisk, GuestRootfs};
 use crate::input::Made;
@@ -101,6 +103,7 @@ impl Creation {
                 volumes,
                 sub_paths,
                 host_folders,
+                block_devices,
             } = container;
             for volume in live {
                 guest.live.put(volume).await?;
@@ -110,7 +113,12 @@ impl Creation {
             } else {
                 Some(guest.folders.share(host_folders).await?)
             };
+            let block_devices = attach_block_devices(&guest, block_devices, shares).await?;
             let rootfs = attach_rootfs(&guest, rootfs, shares).await?;
+            // Last: those of volumes are given back only if one of them cannot be had. Then they are the pod's.
+            let own = shares.len();
+            let volumes = attach_volumes(&guest, volumes, shares).await?;
+            shares.truncate(own);
             let host = plan.1;
             let request = api::CreateContainerRequest {
                 container_id: self.task.container.to_string(),
@@ -122,6 +130,7 @@ impl Creation {
                 volumes,
                 sub_paths,
                 host_folders: host_folders.into(),
+                block_devices,
                 ..Default::default()
             };
             Ok((request, host, written_back))
@@ -215,6 +224,43 @@ fn aborted(container: &ContainerId) -> SandboxError {
     SandboxError::new(SandboxErrorKind::Aborted, message)
 }
 
+/// Attaches the disks of emptyDirs.
+async fn attach_volumes(
+    guest: &Guest,
+    volumes: Vec<EmptyDirVolume>,
+    shares: &mut Vec<DiskSerial>,
+) -> Result<Vec<api::Volume>, SandboxError> {
+    let mut attached = Vec::with_capacity(volumes.len());
+    for EmptyDirVolume { mut volume, disk } in volumes {
+        if let (Some(disk), Some(api::volume::Medium::Disk(for_guest))) =
+            (disk, volume.medium.as_mut())
+        {
+            shares.push(disk.serial.clone());
+            let done = guest.disks.attach(disk, Sharing::ThisVm).await;
+            let done = done.map_err(|error| {
+                let what = format!("attach the disk of the emptyDir {}", volume.name);
+                convert::driver(what, error)
+            })?;
+            for_guest.bind_device = done.bind_device.unwrap_or_default();
+        }
+        attached.push(volume);
+    }
+    Ok(attached)
+}
+
+async fn attach_block_devices(
+    guest: &Guest,
+    devices: Vec<BlockVolume>,
+    shares: &mut Vec<DiskSerial>,
+) -> Result<Vec<api::BlockDevice>, SandboxError> {
+    let mut attached = Vec::with_capacity(devices.len());
+    for BlockVolume { mut device, disk } in devices {
+        device.bind_device = attach_shared(guest, disk, shares).await?;
+        attached.push(device);
+    }
+    Ok(attached)
+}
+
 async fn attach_rootfs(
     guest: &Guest,
     rootfs: GuestRootfs,
@@ -241,19 +287,29 @@ async fn attach(
     disk: GuestDisk,
     shares: &mut Vec<DiskSerial>,
 ) -> Result<api::Disk, SandboxError> {
-    let serial = disk.disk.serial.clone();
-    // Before the attachment, which goes on when this future is dropped.
-    shares.push(serial.clone());
-    let attached = guest.disks.attach(disk.disk).await;
-    let attached =
-        attached.map_err(|error| convert::driver(format!("attach disk {serial}"), error))?;
+    let serial = disk.disk.serial.to_string();
     Ok(api::Disk {
-        serial: serial.to_string(),
-        bind_device: attached.bind_device.unwrap_or_default(),
+        serial,
+        bind_device: attach_shared(guest, disk.disk, shares).await?,
         fs_type: disk.fs_type,
         mount_options: disk.mount_options,
         ..Default::default()
     })
+}
+
+/// Attaches a disk for as long as the container, and gives the device for the guest to bind.
+async fn attach_shared(
+    guest: &Guest,
+    disk: Disk,
+    shares: &mut Vec<DiskSerial>,
+) -> Result<String, SandboxError> {
+    let serial = disk.serial.clone();
+    // Before the attachment, which goes on when this future is dropped.
+    shares.push(serial.clone());
+    let attached = guest.disks.attach(disk, Sharing::Anybody).await;
+    let attached =
+        attached.map_err(|error| convert::driver(format!("attach disk {serial}"), error))?;
+    Ok(attached.bind_device.unwrap_or_default())
 }
 
 /// Kills a container that nobody has been told of, and removes it.

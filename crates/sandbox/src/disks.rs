@@ -4,12 +4,12 @@
 //! The disks of a running VM, counted: containers of one image share one disk.
 //!
 //! One task does one attachment or detachment at a time, so that two containers that need the same image at once get
-//! one disk, and nobody holds a lock while the VMM works. It ends when the last [`Disks`] is dropped.
+//! one disk, and nobody holds a mutex while the VMM works. It ends when the last [`Disks`] is dropped.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use hypervisor::{AttachedDisk, Disk, DriverError, RunningVm};
+use hypervisor::{AttachedDisk, Disk, DriverError, DriverErrorKind, RunningVm};
 use ids::DiskSerial;
 use tokio::sync::{mpsc, oneshot};
 
@@ -20,8 +20,21 @@ pub(crate) struct Disks {
 }
 
 enum Wish {
-    Attach(Disk, oneshot::Sender<Result<AttachedDisk, DriverError>>),
+    Attach(
+        Disk,
+        Sharing,
+        oneshot::Sender<Result<AttachedDisk, DriverError>>,
+    ),
     Detach(DiskSerial, oneshot::Sender<()>),
+}
+
+/// Who may use a disk's file at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// Whoever wants to.
+    Anybody,
+    /// This VM alone: the file is locked until the VM has ended, for the lock is the open file's.
+    ThisVm,
 }
 
 struct Attached {
@@ -30,7 +43,7 @@ struct Attached {
 }
 
 fn gone() -> DriverError {
-    DriverError::new(hypervisor::DriverErrorKind::Gone, "the VM has ended")
+    DriverError::new(DriverErrorKind::Gone, "the VM has ended")
 }
 
 impl Disks {
@@ -41,8 +54,8 @@ impl Disks {
             while let Some(wish) = received.recv().await {
                 // A caller that has gone away has given up on the answer only.
                 match wish {
-                    Wish::Attach(disk, reply) => {
-                        drop(reply.send(attach(&*vm, &mut attached, disk).await));
+                    Wish::Attach(disk, sharing, reply) => {
+                        drop(reply.send(attach(&*vm, &mut attached, disk, sharing).await));
                     }
                     Wish::Detach(serial, reply) => {
                         detach(&*vm, &mut attached, &serial).await;
@@ -56,10 +69,14 @@ impl Disks {
 
     /// Attaches a disk, or takes a share in the one that has its serial. Each call wants one [`Self::detach`], also one
     /// that was given up.
-    pub(crate) async fn attach(&self, disk: Disk) -> Result<AttachedDisk, DriverError> {
+    pub(crate) async fn attach(
+        &self,
+        disk: Disk,
+        sharing: Sharing,
+    ) -> Result<AttachedDisk, DriverError> {
         let (reply, answer) = oneshot::channel();
         self.wishes
-            .send(Wish::Attach(disk, reply))
+            .send(Wish::Attach(disk, sharing, reply))
             .map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
@@ -78,10 +95,18 @@ async fn attach(
     vm: &dyn RunningVm,
     attached: &mut BTreeMap<DiskSerial, Attached>,
     disk: Disk,
+    sharing: Sharing,
 ) -> Result<AttachedDisk, DriverError> {
     if let Some(shared) = attached.get_mut(&disk.serial) {
         shared.users = shared.users.saturating_add(1);
         return Ok(shared.disk.clone());
+    }
+    if sharing == Sharing::ThisVm
+        && let Err(error) = disk.file.try_lock()
+    {
+        let message = "its disk is in use by another VM: wait until that has ended";
+        let error = std::io::Error::from(error);
+        return Err(DriverError::new(DriverErrorKind::Conflict, message).because(error));
     }
     let disk = vm.attach_disk(disk).await?;
     let entry = Attached {
@@ -106,7 +131,7 @@ async fn detach(
     }
     attached.remove(serial);
     if let Err(error) = vm.detach_disk(serial).await
-        && error.kind() != hypervisor::DriverErrorKind::Gone
+        && error.kind() != DriverErrorKind::Gone
     {
         tracing::warn!(serial = serial.as_str(), %error, "a disk stays attached until the VM ends");
     }

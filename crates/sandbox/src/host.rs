@@ -10,7 +10,7 @@ use agent_proto::api;
 use hypervisor::{Disk, VmSpec};
 use ids::Mib;
 use pod_spec::{HostFolder, Limits, LiveVolume};
-use pod_storage::WrittenBack;
+use pod_storage::{BlockVolume, EmptyDirVolume, WrittenBack};
 
 use crate::error::SandboxError;
 use crate::request::CreateTask;
@@ -85,12 +85,14 @@ pub struct GuestContainer {
     pub written_back: Vec<WrittenBack>,
     /// Volumes of the pod that are put into the guest and kept current.
     pub live: Vec<LiveVolume>,
-    /// EmptyDirs that the guest makes.
-    pub volumes: Vec<api::Volume>,
+    /// EmptyDirs that it mounts.
+    pub volumes: Vec<EmptyDirVolume>,
     /// Parts of them that the container mounts.
     pub sub_paths: Vec<api::SubPath>,
     /// The host's own directories that it mounts.
     pub host_folders: Vec<HostFolder>,
+    /// The host's block devices that it has.
+    pub block_devices: Vec<BlockVolume>,
 }
 
 /// The root file system of a container in the guest.

@@ -180,8 +180,12 @@ impl Task {
         }
         let running = self.running.as_ref().ok_or_else(gone)?;
         let mut names = Vec::with_capacity(folders.len());
+        let mut writable_mounts = Vec::new();
         for folder in folders {
             names.push(folder.name.clone());
+            // A name that the guest cannot be told stays read-only.
+            let writable = folder.writable.iter().filter_map(|path| path.to_str());
+            writable_mounts.extend(writable.map(|path| format!("{}/{path}", folder.name)));
             if self.shown().folders.contains_key(&folder.name) {
                 continue;
             }
@@ -198,6 +202,7 @@ impl Task {
             tag: TAG.to_owned(),
             bind_device: running.bind_device.clone(),
             names,
+            writable_mounts,
             ..Default::default()
         })
     }

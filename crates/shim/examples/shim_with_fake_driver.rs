@@ -66,6 +66,7 @@ impl Host for FakeHost {
                 volumes: Vec::new(),
                 sub_paths: Vec::new(),
                 host_folders: Vec::new(),
+                block_devices: Vec::new(),
             })),
         };
         Ok(ContainerPlan {

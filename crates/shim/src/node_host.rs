@@ -7,14 +7,16 @@
 //! makes on the host is an open file without a name; only a joined network is there to undo.
 
 use std::any::Any;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use agent_proto::{CONTROL_PORT, api};
 use hypervisor::{Disk, VmSpec};
 use ids::{DiskSerial, GuestCid, Mib, SandboxId};
-use pod_spec::{Bundle, ContainerSpec, MIN_VM_MEMORY, Role, RuntimeConfig, SpecError};
+use pod_spec::{Bundle, ContainerSpec, HostMounts, MIN_VM_MEMORY, Role, RuntimeConfig, SpecError};
 use pod_storage::{Rootfs, RootfsForm, StorageError, Store, WrittenBack};
 use sandbox::{
     ContainerKind, ContainerPlan, CreateTask, GuestContainer, GuestDisk, GuestRootfs, Host,
@@ -36,6 +38,8 @@ pub struct NodeHost {
     id: SandboxId,
     bundle: PathBuf,
     config: RuntimeConfig,
+    /// EmptyDirs that were shared with a container because the host had put files into them: they are for the others too.
+    filled: Mutex<BTreeSet<PathBuf>>,
 }
 
 impl NodeHost {
@@ -45,6 +49,7 @@ impl NodeHost {
             id: pod.id.clone(),
             bundle: pod.bundle.to_path_buf(),
             config: pod.config.clone(),
+            filled: Mutex::default(),
         }
     }
 
@@ -71,6 +76,15 @@ impl NodeHost {
             );
         }
         Ok(wanted.min(limit))
+    }
+
+    /// What of the node decides how the bind mounts of `bundle` reach the guest.
+    fn host_mounts(&self, bundle: &Bundle) -> Result<HostMounts, SandboxError> {
+        let mounts = pod_storage::host_mounts(bundle.bind_sources()).map_err(storage_error)?;
+        let empty_dirs = pod_spec::disk_empty_dirs(bundle.bind_sources(), &mounts);
+        let mut filled = self.filled.lock().unwrap_or_else(PoisonError::into_inner);
+        filled.extend(pod_storage::filled_by_the_host(empty_dirs).map_err(storage_error)?);
+        Ok(mounts.with_filled(filled.clone()))
     }
 
     fn store(&self) -> Result<Store, SandboxError> {
@@ -113,9 +127,11 @@ impl NodeHost {
             live: spec.live,
             written_back: WrittenBack::open_all(&spec.copies).map_err(storage_error)?,
             copied_mounts: store.copy_files(&spec.copies).map_err(storage_error)?,
-            volumes: pod_storage::empty_dirs(&spec.empty_dirs).map_err(storage_error)?,
+            volumes: store.empty_dirs(&spec.empty_dirs).map_err(storage_error)?,
             sub_paths: pod_storage::sub_paths(&spec.sub_paths).map_err(storage_error)?,
             host_folders: spec.host_folders,
+            block_devices: pod_storage::block_devices(&spec.block_devices)
+                .map_err(storage_error)?,
         })
     }
 
@@ -141,6 +157,7 @@ impl NodeHost {
             volumes: Vec::new(),
             sub_paths: Vec::new(),
             host_folders: Vec::new(),
+            block_devices: Vec::new(),
         })
     }
 }
@@ -237,8 +254,7 @@ impl Host for NodeHost {
         let kind = match bundle.role() {
             Role::Sandbox => ContainerKind::Sandbox,
             Role::Member(_) | Role::Standalone => {
-                let mounts =
-                    pod_storage::host_mounts(bundle.bind_sources()).map_err(storage_error)?;
+                let mounts = self.host_mounts(&bundle)?;
                 let spec = bundle
                     .container(&task.container, &mounts)
                     .map_err(spec_error)?;
@@ -361,6 +377,7 @@ fn storage_error(error: StorageError) -> SandboxError {
         | StorageError::CopyTooLarge { .. }
         | StorageError::CopyKind { .. }
         | StorageError::NotADirectory(_)
+        | StorageError::NotADisk(_)
         | StorageError::NotAFile(_)
         | StorageError::NameNotUtf8(_) => SandboxErrorKind::InvalidArgument,
         StorageError::Io { .. } | StorageError::Tool { .. } | StorageError::Serial(_) => {
@@ -387,6 +404,7 @@ mod tests {
             id: "pod1".parse().unwrap(),
             bundle: dir.to_path_buf(),
             config: RuntimeConfig::parse(&text).unwrap(),
+            filled: Mutex::default(),
         }
     }
 

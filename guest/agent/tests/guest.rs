@@ -4,7 +4,7 @@
 //! The host's part, played against a real agent in a real guest, whatever VMM runs it.
 //!
 //! `COFFER_GUEST_VSOCK` is the path of the VM's hybrid vsock socket, `COFFER_GUEST_RUN` the shell command that starts the VM
-//! and ends with it. The VM has two disks: serial `layer0`, EROFS, with busybox in `/bin`; serial `scratch`, ext4, empty.
+//! and ends with it. The VM has three disks: serial `layer0`, EROFS, with busybox in `/bin`; serials `scratch` and `cache`, ext4, empty.
 //! Without these variables the suite says so and passes. An argument runs the tests whose names contain it.
 #![expect(
     clippy::unwrap_used,

@@ -180,12 +180,14 @@ impl<S: System> Agent<S> {
 
     async fn make_container(
         &self,
-        plan: ContainerPlan,
+        mut plan: ContainerPlan,
         removed: watch::Receiver<bool>,
     ) -> Result<u32, Error> {
-        let plan = Arc::new(plan);
-        let for_system = plan.clone();
-        self.blocking(move |system| system.make_container(&for_system))
+        let plan = self
+            .blocking(move |system| {
+                system.make_container(&mut plan)?;
+                Ok(Arc::new(plan))
+            })
             .await?;
         let (streams, mut ends) = pipes(plan.stdio)?;
         let for_launch = plan.clone();

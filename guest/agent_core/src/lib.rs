@@ -4,6 +4,7 @@
 //! Process table, stdio, cgroups, mounts and reaper of the guest agent.
 
 mod agent;
+mod block_plan;
 mod clock;
 mod error;
 mod events;
@@ -21,6 +22,7 @@ mod table;
 mod volume_plan;
 
 pub use agent::{Agent, ProcessInfo};
+pub use block_plan::{BlockDevicePlan, MAX_BLOCK_DEVICES};
 pub use error::{Code, Error};
 pub use events::Events;
 pub use forward::ForwardedPorts;
@@ -31,6 +33,6 @@ pub use service::Service;
 pub use system::{Cgroups, FileEnd, Files, Gate, Hardware, Job, Launched, System};
 pub use table::{Consequences, Exit, ProcessIo, ProcessTable};
 pub use volume_plan::{
-    HostFoldersPlan, MAX_VOLUME_NAME_LEN, MAX_VOLUMES, MediumPlan, OwnerPlan, PutPlan, SubPathPlan,
-    VolumePlan,
+    HostFoldersPlan, MAX_VOLUME_NAME_LEN, MAX_VOLUMES, MAX_WRITABLE_MOUNTS, MediumPlan, OwnerPlan,
+    PutPlan, SubPathPlan, VolumePlan,
 };

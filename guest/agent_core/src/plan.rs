@@ -12,6 +12,7 @@ use ids::{ContainerId, DiskSerial, ExecId, Generation};
 use oci_spec::runtime::{Process, Spec};
 
 use crate::Error;
+use crate::block_plan::BlockDevicePlan;
 use crate::network::NetworkPlan;
 use crate::pid_namespace::PidNamespace;
 use crate::volume_plan::{self, HostFoldersPlan, SubPathPlan, VolumePlan};
@@ -133,6 +134,8 @@ pub struct ContainerPlan {
     pub sub_paths: Vec<SubPathPlan>,
     /// The host's own directories that it mounts.
     pub host_folders: Option<HostFoldersPlan>,
+    /// The disks whose device files it has.
+    pub block_devices: Vec<BlockDevicePlan>,
 }
 
 /// A further process to make.
@@ -351,6 +354,7 @@ impl ContainerPlan {
             volumes,
             sub_paths,
             host_folders: host_folders.map(HostFoldersPlan::parse).transpose()?,
+            block_devices: BlockDevicePlan::parse_all(request.block_devices)?,
         })
     }
 }

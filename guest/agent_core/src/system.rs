@@ -56,11 +56,12 @@ pub trait System: Cgroups + Files + Hardware + Send + Sync + 'static {
     /// [`Error`] for the first thing that cannot be made; the sandbox is then of no use.
     fn configure(&self, plan: &SandboxPlan) -> Result<(), Error>;
 
-    /// Makes a container's root file system, copied mounts and cgroup.
+    /// Makes a container's root file system, copied mounts and cgroup, and completes its spec with its block devices,
+    /// whose numbers are the machine's.
     ///
     /// # Errors
     /// [`Error`]; what was made is left for [`System::remove_container`].
-    fn make_container(&self, plan: &ContainerPlan) -> Result<(), Error>;
+    fn make_container(&self, plan: &mut ContainerPlan) -> Result<(), Error>;
 
     /// Makes the init or a further process of a container, which then waits for [`Launched::ready`].
     ///

@@ -8,10 +8,13 @@ use std::path::PathBuf;
 use agent_proto::{api, layout};
 
 use crate::Error;
-use crate::plan::{CopiedFile, copied_file, device_name, plain_path};
+use crate::plan::{CopiedFile, DiskPlan, copied_file, device_name, plain_path};
 
 /// The most volumes, and the most parts of volumes, that one container may mount.
 pub const MAX_VOLUMES: usize = 256;
+
+/// The most mounts below host directories that one container is told of: 256 for each of its 64 directories.
+pub const MAX_WRITABLE_MOUNTS: usize = 16_384;
 
 /// The longest tag of a file system (virtio v1.3 §5.11.4).
 const MAX_TAG_LEN: usize = 36;
@@ -31,10 +34,10 @@ pub struct VolumePlan {
 }
 
 /// What a volume is kept in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MediumPlan {
-    /// The pod's scratch disk.
-    Scratch,
+    /// A disk of its own.
+    Disk(DiskPlan),
     /// A tmpfs of so many bytes; `None` leaves the kernel's default.
     Memory(Option<u64>),
     /// A hugetlbfs with pages of so many bytes; `None` leaves the kernel's default.
@@ -74,6 +77,8 @@ pub struct HostFoldersPlan {
     pub bind_device: Option<String>,
     /// The directories' names, one path component each.
     pub names: Vec<String>,
+    /// Mounts below them, relative to the file system's root, to be there before a container is made.
+    pub writable_mounts: Vec<PathBuf>,
 }
 
 /// One part of what a volume is to hold.
@@ -125,10 +130,23 @@ impl HostFoldersPlan {
         for name in &folders.names {
             check_name("host_folders.names", name)?;
         }
+        let len = folders.writable_mounts.len();
+        if len > MAX_WRITABLE_MOUNTS {
+            return Err(Error::bad(
+                "host_folders.writable_mounts",
+                format!("are {len}, at most {MAX_WRITABLE_MOUNTS} are allowed"),
+            ));
+        }
+        let writable_mounts = folders
+            .writable_mounts
+            .iter()
+            .map(|path| plain_path("host_folders.writable_mounts", path))
+            .collect::<Result<_, _>>()?;
         Ok(Self {
             tag,
             bind_device: device_name("host_folders.bind_device", folders.bind_device)?,
             names: folders.names,
+            writable_mounts,
         })
     }
 }
@@ -140,7 +158,7 @@ impl VolumePlan {
         check_name("volumes.name", &volume.name)?;
         let some = |bytes: u64| (bytes != 0).then_some(bytes);
         let medium = match volume.medium {
-            Some(api::volume::Medium::Scratch(_)) => MediumPlan::Scratch,
+            Some(api::volume::Medium::Disk(disk)) => MediumPlan::Disk(DiskPlan::parse(disk)?),
             Some(api::volume::Medium::MemoryBytes(bytes)) => MediumPlan::Memory(some(bytes)),
             Some(api::volume::Medium::HugePageBytes(bytes)) => MediumPlan::HugePages(some(bytes)),
             _ => {
@@ -164,7 +182,7 @@ impl VolumePlan {
     /// Where the volume is in the guest.
     pub fn place(&self) -> PathBuf {
         PathBuf::from(match self.medium {
-            MediumPlan::Scratch => layout::scratch_volume(&self.name),
+            MediumPlan::Disk(_) => layout::disk_volume(&self.name),
             MediumPlan::Memory(_) | MediumPlan::HugePages(_) => layout::memory_volume(&self.name),
         })
     }
@@ -248,7 +266,11 @@ mod tests {
     fn volume(name: &str) -> api::Volume {
         api::Volume {
             name: name.to_owned(),
-            medium: Some(api::volume::Medium::Scratch(api::Empty::new())),
+            medium: Some(api::volume::Medium::Disk(api::Disk {
+                serial: "v1".to_owned(),
+                fs_type: "ext4".to_owned(),
+                ..Default::default()
+            })),
             mode: 0o42777,
             ..Default::default()
         }
@@ -267,7 +289,7 @@ mod tests {
         let plan = VolumePlan::parse(volume("u.v")).unwrap();
         assert_eq!(
             plan.place(),
-            PathBuf::from("/run/coffer/scratch/volumes/u.v")
+            PathBuf::from("/run/coffer/volume_disks/u.v/content")
         );
         assert_eq!(plan.owner.mode, 0o2777);
         for name in ["", ".", "..", "a/b", "a\0", &"x".repeat(256)] {
@@ -291,6 +313,16 @@ mod tests {
         parse(&"x".repeat(MAX_TAG_LEN), "", &["a"; MAX_VOLUMES]).unwrap();
         parse(&"x".repeat(MAX_TAG_LEN + 1), "", &[]).unwrap_err();
         parse("host", "", &["a"; MAX_VOLUMES + 1]).unwrap_err();
+        let mounts = |paths: Vec<&str>| {
+            HostFoldersPlan::parse(api::HostFolders {
+                tag: "host".to_owned(),
+                writable_mounts: paths.into_iter().map(str::to_owned).collect(),
+                ..Default::default()
+            })
+        };
+        mounts(vec!["ro-1/a/b"; MAX_WRITABLE_MOUNTS]).unwrap();
+        mounts(vec!["ro-1/a/b"; MAX_WRITABLE_MOUNTS + 1]).unwrap_err();
+        mounts(vec!["ro-1/../b"]).unwrap_err();
         for (tag, device, name) in [
             ("", "", "a"),
             ("a\0", "", "a"),

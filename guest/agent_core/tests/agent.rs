@@ -61,7 +61,7 @@ impl System for Fake {
         Ok(())
     }
 
-    fn make_container(&self, plan: &ContainerPlan) -> Result<(), Error> {
+    fn make_container(&self, plan: &mut ContainerPlan) -> Result<(), Error> {
         if plan.key.container.as_str() == "slow" {
             let open = self.mounts.0.lock().unwrap();
             drop(self.mounts.1.wait_while(open, |open| !*open).unwrap());
@@ -180,6 +180,7 @@ fn plan(id: &str) -> ContainerPlan {
         volumes: Vec::new(),
         sub_paths: Vec::new(),
         host_folders: None,
+        block_devices: Vec::new(),
     }
 }
 

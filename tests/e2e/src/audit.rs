@@ -88,7 +88,7 @@ impl Audit {
     }
 
     /// What is here and was not in `before`. What a node keeps on purpose is not left behind: cached images, the
-    /// template of scratch disks, and the folders that hold them.
+    /// templates of disks, and the folders that hold them.
     pub fn left_since(&self, before: &Self) -> Vec<String> {
         self.0
             .difference(&before.0)
@@ -112,6 +112,7 @@ fn is_kept(line: &str) -> bool {
     let kept_files = [
         "file /var/lib/coffer/images",
         "file /var/lib/coffer/scratch-",
+        "file /var/lib/coffer/volume-",
     ];
     // Folders that the first pod makes and all later ones use.
     let folders = STATE_DIRECTORIES.map(|directory| format!("file {directory}"));

@@ -17,6 +17,7 @@ async fn container_without_its_file_server_is_refused_and_its_pod_goes_on() {
         source: pod.dir.path().to_owned(),
         access: FolderAccess::ReadWrite,
         propagation: FolderPropagation::Private,
+        writable: Vec::new(),
     };
     for _ in 0..2 {
         let known = Known::Sharer(vec![folder.clone()]);

@@ -5,6 +5,7 @@
 
 mod boots;
 mod changes;
+mod empty_dirs;
 mod host_folders;
 mod live;
 mod lives;

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use agent_proto::api;
@@ -13,7 +13,7 @@ use driver_fake::{FakeDriver, FakeVm, Script, fake_spec};
 use hypervisor::{Disk, DiskAccess};
 use ids::Mib;
 use pod_spec::{HostCopy, HostFolder, Limits, LiveVolume, WriteBack};
-use pod_storage::WrittenBack;
+use pod_storage::{EmptyDirVolume, WrittenBack};
 use tempfile::TempDir;
 use tokio::sync::watch;
 
@@ -62,6 +62,8 @@ pub(super) enum Known {
     Sharer(Vec<HostFolder>),
     /// A container that sleeps, with limits.
     Limited(Limits),
+    /// A container that sleeps, and emptyDirs with the files that their disks are in.
+    Keeper(Vec<PathBuf>),
 }
 
 /// A file server that is not there.
@@ -123,6 +125,10 @@ impl Host for FakeHost {
                 limits: Some(limits),
                 ..container(&["sleep"], vec!["layer"])
             }),
+            Some(Known::Keeper(files)) => guest(GuestContainer {
+                volumes: files.iter().map(|file| empty_dir(file)).collect(),
+                ..container(&["sleep"], vec!["layer"])
+            }),
             Some(Known::Writer(args, source, back)) => {
                 let copy = HostCopy {
                     index: 0,
@@ -161,6 +167,30 @@ fn container(args: &[&str], serials: Vec<&str>) -> GuestContainer {
         volumes: Vec::new(),
         sub_paths: Vec::new(),
         host_folders: Vec::new(),
+        block_devices: Vec::new(),
+    }
+}
+
+/// An emptyDir that is named like the file that its disk is in.
+fn empty_dir(file: &Path) -> EmptyDirVolume {
+    let name = file.file_name().unwrap().to_str().unwrap().to_owned();
+    let disk = Disk {
+        serial: name.parse().unwrap(),
+        file: File::options().read(true).write(true).open(file).unwrap(),
+        access: DiskAccess::ReadWrite,
+    };
+    let medium = api::volume::Medium::Disk(api::Disk {
+        serial: name.clone(),
+        fs_type: "ext4".to_owned(),
+        ..Default::default()
+    });
+    EmptyDirVolume {
+        volume: api::Volume {
+            name,
+            medium: Some(medium),
+            ..Default::default()
+        },
+        disk: Some(disk),
     }
 }
 

@@ -396,7 +396,7 @@ pub(crate) fn create_request(
         volumes: vec![
             api::Volume {
                 name: "cache".to_owned(),
-                medium: Some(api::volume::Medium::Scratch(api::Empty::new())),
+                medium: Some(api::volume::Medium::Disk(disk("cache", "ext4"))),
                 mode: 0o777,
                 ..Default::default()
             },
@@ -448,7 +448,7 @@ fn spec() -> Value {
             {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
             {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
              "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]},
-            {"destination": "/cache", "type": "bind", "source": "/run/coffer/scratch/volumes/cache",
+            {"destination": "/cache", "type": "bind", "source": "/run/coffer/volume_disks/cache/content",
              "options": ["rbind", "rw"]}
         ],
         "linux": {

@@ -1,11 +1,13 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! Disks: found by serial number, mounted once for all containers that use them, let go with the last.
+//! Disks: found by serial number, mounted once for all containers that use them, let go with the last. One whose device
+//! file containers have is not mounted.
 
 use std::collections::HashMap;
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,12 +15,14 @@ use std::time::{Duration, Instant};
 use agent_proto::layout;
 use ids::DiskSerial;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{major, minor};
 use rustix::io::Errno;
 use rustix::net::netlink::{KOBJECT_UEVENT, SocketAddrNetlink};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, bind, recv, socket_with};
 
 use super::mount::{mount_filesystem, unmount};
 use crate::Error;
+use crate::block_plan::BlockDevicePlan;
 use crate::error::Context as _;
 use crate::plan::DiskPlan;
 
@@ -37,12 +41,16 @@ pub(super) struct Disks {
 
 #[derive(Debug)]
 enum Slot {
-    /// One thread is mounting or unmounting it; others wait.
+    /// One thread is taking it or letting it go; others wait.
     Busy,
-    Mounted {
-        users: usize,
-        bind_device: Option<String>,
-    },
+    Taken(Taken),
+}
+
+#[derive(Debug)]
+struct Taken {
+    users: usize,
+    mounted: bool,
+    bind_device: Option<String>,
 }
 
 impl Disks {
@@ -56,26 +64,54 @@ impl Disks {
             return Ok(place);
         }
         let mounted = mount(disk, &place, true);
-        if let (Err(_), Some(device)) = (&mounted, &disk.bind_device) {
-            // The mount's error is the one to tell.
+        self.settle(
+            &disk.serial,
+            disk.bind_device.as_deref(),
+            mounted.is_ok(),
+            true,
+        );
+        mounted.map(|()| place)
+    }
+
+    /// The number of the disk's device file, with one more user. Every call wants one of [`Self::release`].
+    ///
+    /// # Errors
+    /// [`Error::NoDisk`], or why its device cannot be had.
+    pub(super) fn acquire_device(&self, device: &BlockDevicePlan) -> Result<(u32, u32), Error> {
+        let joined = self.join(&device.serial);
+        let found = find(&device.serial, device.bind_device.as_deref())
+            .and_then(|path| fs::metadata(&path).step(|| format!("looking at {}", path.display())));
+        match (joined, &found) {
+            (false, _) => {
+                let bind_device = device.bind_device.as_deref();
+                self.settle(&device.serial, bind_device, found.is_ok(), false);
+            }
+            // Its user is none after all.
+            (true, Err(_)) => self.release(&device.serial)?,
+            (true, Ok(_)) => {}
+        }
+        found.map(|metadata| (major(metadata.rdev()), minor(metadata.rdev())))
+    }
+
+    /// Ends what [`Self::join`] has begun for the first user.
+    fn settle(&self, serial: &DiskSerial, bind_device: Option<&str>, done: bool, mounted: bool) {
+        if let (false, Some(device)) = (done, bind_device) {
+            // What failed before is the error to tell.
             let _ = unbind(device);
         }
         let mut slots = self.lock();
-        match &mounted {
-            Ok(()) => {
-                let slot = Slot::Mounted {
-                    users: 1,
-                    bind_device: disk.bind_device.clone(),
-                };
-                slots.insert(disk.serial.clone(), slot);
-            }
-            Err(_) => {
-                slots.remove(&disk.serial);
-            }
+        if done {
+            let taken = Taken {
+                users: 1,
+                mounted,
+                bind_device: bind_device.map(str::to_owned),
+            };
+            slots.insert(serial.clone(), Slot::Taken(taken));
+        } else {
+            slots.remove(serial);
         }
         drop(slots);
         self.changed.notify_all();
-        mounted.map(|()| place)
     }
 
     /// One user less; the last one's leaving unmounts the disk and lets its device go.
@@ -83,31 +119,35 @@ impl Disks {
     /// # Errors
     /// [`Error::Step`] if it cannot be unmounted.
     pub(super) fn release(&self, serial: &DiskSerial) -> Result<(), Error> {
-        let device = {
+        let taken = {
             let mut slots = self.lock();
             match slots.get_mut(serial) {
-                Some(Slot::Mounted { users, .. }) if *users > 1 => {
-                    *users = users.saturating_sub(1);
+                Some(Slot::Taken(taken)) if taken.users > 1 => {
+                    taken.users = taken.users.saturating_sub(1);
                     return Ok(());
                 }
-                Some(slot @ Slot::Mounted { .. }) => match std::mem::replace(slot, Slot::Busy) {
-                    Slot::Mounted { bind_device, .. } => bind_device,
-                    Slot::Busy => None,
+                Some(slot @ Slot::Taken(_)) => match std::mem::replace(slot, Slot::Busy) {
+                    Slot::Taken(taken) => taken,
+                    Slot::Busy => return Ok(()),
                 },
                 _ => return Ok(()),
             }
         };
-        let place = place(serial);
-        let released = unmount(&place).and_then(|()| {
-            let _ = fs::remove_dir(&place);
-            device.as_deref().map_or(Ok(()), unbind)
-        });
+        let unmounted = if taken.mounted {
+            let place = place(serial);
+            unmount(&place).inspect(|()| {
+                let _ = fs::remove_dir(&place);
+            })
+        } else {
+            Ok(())
+        };
+        let released = unmounted.and_then(|()| taken.bind_device.as_deref().map_or(Ok(()), unbind));
         self.lock().remove(serial);
         self.changed.notify_all();
         released
     }
 
-    /// Takes part in a mounted disk; `false`: the caller is the one to mount it.
+    /// Takes part in a disk that is taken; `false`: the caller is the one to take it.
     fn join(&self, serial: &DiskSerial) -> bool {
         let mut slots = self.lock();
         loop {
@@ -116,8 +156,8 @@ impl Disks {
                     slots.insert(serial.clone(), Slot::Busy);
                     return false;
                 }
-                Some(Slot::Mounted { users, .. }) => {
-                    *users = users.saturating_add(1);
+                Some(Slot::Taken(taken)) => {
+                    taken.users = taken.users.saturating_add(1);
                     return true;
                 }
                 Some(Slot::Busy) => {
@@ -146,7 +186,7 @@ fn place(serial: &DiskSerial) -> PathBuf {
 /// # Errors
 /// [`Error::NoDisk`], or why it cannot be mounted.
 pub(super) fn mount(disk: &DiskPlan, place: &Path, read_only: bool) -> Result<(), Error> {
-    let device = find(disk)?;
+    let device = find(&disk.serial, disk.bind_device.as_deref())?;
     fs::create_dir_all(place).step(|| format!("making {}", place.display()))?;
     mount_filesystem(disk.fs_type, Some(&device), &disk.options, place, read_only).map_err(
         |error| Error::Step {
@@ -187,26 +227,26 @@ fn is_bound(device: &str) -> bool {
 }
 
 /// The device file of a disk, which is bound first and waited for.
-fn find(disk: &DiskPlan) -> Result<PathBuf, Error> {
-    if disk.bind_device.as_deref().is_none_or(is_bound)
-        && let Some(device) = scan(&disk.serial)
+fn find(serial: &DiskSerial, bind_device: Option<&str>) -> Result<PathBuf, Error> {
+    if bind_device.is_none_or(is_bound)
+        && let Some(device) = scan(serial)
     {
         return Ok(device);
     }
     // Listen first: what comes between the look and the wait is then heard.
     let events = listen().step(|| "listening for new devices".to_owned())?;
-    if let Some(device) = &disk.bind_device {
+    if let Some(device) = bind_device {
         bind_slot(device)?;
     }
     let deadline = Instant::now().checked_add(APPEAR_LIMIT);
     loop {
-        if let Some(device) = scan(&disk.serial) {
+        if let Some(device) = scan(serial) {
             return Ok(device);
         }
         let left = deadline.and_then(|deadline| deadline.checked_duration_since(Instant::now()));
         let Some(left) = left.and_then(|left| Timespec::try_from(left).ok()) else {
             return Err(Error::NoDisk {
-                serial: disk.serial.to_string(),
+                serial: serial.to_string(),
                 seconds: APPEAR_LIMIT.as_secs(),
             });
         };

@@ -5,7 +5,9 @@
 //!
 //! The host decides what may be written, by its own mounts; what a container may do beyond that is decided when a folder
 //! is bound into it. Each folder is a file system of its own (Linux makes a mount of it when it is first walked into), so
-//! inode numbers are unique. It is walked into before a container is made: what is bound into it is then that mount.
+//! inode numbers are unique. It is walked into before a container is made: what is bound into it is then that mount. So are
+//! the host's mounts below it that stay writable in a read-only folder: Linux gives a mount that it finds later the flags
+//! of the mount above it.
 
 use std::fs;
 use std::path::Path;
@@ -39,7 +41,12 @@ impl HostFolders {
         drop(mounted);
         plan.names
             .iter()
-            .try_for_each(|name| enter(Path::new(&layout::host_folder(name))))
+            .try_for_each(|name| enter(Path::new(&layout::host_folder(name))))?;
+        for mount in &plan.writable_mounts {
+            // One that the host has taken away meanwhile, or has put another over, is not there to be written.
+            drop(enter(&Path::new(layout::HOST_FOLDERS_DIR).join(mount)));
+        }
+        Ok(())
     }
 }
 

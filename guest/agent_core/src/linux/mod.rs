@@ -27,7 +27,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use agent_proto::layout;
 use ids::{ContainerId, DiskSerial};
@@ -118,6 +118,19 @@ impl Linux {
         )
     }
 
+    fn add_block_devices(&self, plan: &mut ContainerPlan) -> Result<(), Error> {
+        for device in &plan.block_devices {
+            let number = self.disks.acquire_device(device)?;
+            self.taken()
+                .entry(plan.key.container.clone())
+                .or_default()
+                .shared
+                .push(device.serial.clone());
+            device.add_to(Arc::make_mut(&mut plan.spec), number)?;
+        }
+        Ok(())
+    }
+
     fn reserve_huge_pages(
         &self,
         id: &ContainerId,
@@ -187,14 +200,12 @@ impl System for Linux {
             // The folder is on the agent's tmpfs already.
             None => fs::create_dir_all(scratch).step(|| format!("making {}", scratch.display()))?,
         }
-        for folder in ["containers", "volumes"] {
-            let folder = scratch.join(folder);
-            fs::create_dir_all(&folder).step(|| format!("making {}", folder.display()))?;
-        }
-        Ok(())
+        let folder = scratch.join("containers");
+        fs::create_dir_all(&folder).step(|| format!("making {}", folder.display()))
     }
 
-    fn make_container(&self, plan: &ContainerPlan) -> Result<(), Error> {
+    fn make_container(&self, plan: &mut ContainerPlan) -> Result<(), Error> {
+        self.add_block_devices(plan)?;
         let id = &plan.key.container;
         self.mount_rootfs(id, &plan.rootfs)?;
         for (index, entries) in &plan.copied {

@@ -2,7 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! EmptyDirs: made by the first container that names one, and kept until the guest ends. Containers get bind mounts of
-//! them. A part of one (subPath) is mounted by the agent itself from a descriptor: the volume's contents are its
+//! them. One on a disk is a directory of that disk, which may be from an earlier guest of the pod: then it is as that
+//! left it. A part of one (subPath) is mounted by the agent itself from a descriptor: the volume's contents are its
 //! containers' to change at any time, and a path through them could be led elsewhere between a look and a mount.
 
 use std::collections::BTreeSet;
@@ -19,9 +20,11 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
+use super::disk;
 use super::mount::{mount_filesystem, unmount};
 use crate::Error;
 use crate::error::Context as _;
+use crate::plan::DiskPlan;
 use crate::volume_plan::{MediumPlan, OwnerPlan, SubPathPlan, VolumePlan};
 
 /// The volumes that have been made.
@@ -38,30 +41,68 @@ impl Volumes {
         if made.contains(place) {
             return Ok(());
         }
-        let step = || format!("making the volume {}", plan.name);
-        fs::create_dir_all(place).step(step)?;
-        let mounted = match plan.medium {
-            MediumPlan::Scratch => None,
-            MediumPlan::Memory(size) => Some(("tmpfs", "size", size)),
-            MediumPlan::HugePages(size) => Some(("hugetlbfs", "pagesize", size)),
-        };
-        if let Some((kind, key, size)) = mounted {
-            let options: Vec<String> = size
-                .map(|bytes| format!("{key}={bytes}"))
-                .into_iter()
-                .collect();
-            mount_filesystem(kind, None, &options, place, false)?;
-        }
-        // By calls, and not by mount options: those of hugetlbfs know no set-group-ID.
-        if let Err(error) = own(place, plan.owner) {
-            if mounted.is_some() {
-                unmount(place)?;
+        match &plan.medium {
+            MediumPlan::Disk(disk) => on_disk(plan, disk, place)?,
+            MediumPlan::Memory(size) => in_memory(plan, ("tmpfs", "size", *size), place)?,
+            MediumPlan::HugePages(size) => {
+                in_memory(plan, ("hugetlbfs", "pagesize", *size), place)?
             }
-            return Err(error).step(step);
         }
         made.insert(place.to_owned());
         Ok(())
     }
+}
+
+/// Mounts the file system `kind`, with a number of bytes as its option.
+fn in_memory(
+    plan: &VolumePlan,
+    (kind, key, size): (&str, &str, Option<u64>),
+    place: &Path,
+) -> Result<(), Error> {
+    let step = || format!("making the volume {}", plan.name);
+    fs::create_dir_all(place).step(step)?;
+    let options: Vec<String> = size
+        .map(|bytes| format!("{key}={bytes}"))
+        .into_iter()
+        .collect();
+    mount_filesystem(kind, None, &options, place, false)?;
+    // By calls, and not by mount options: those of hugetlbfs know no set-group-ID.
+    if let Err(error) = own(place, plan.owner) {
+        unmount(place)?;
+        return Err(error).step(step);
+    }
+    Ok(())
+}
+
+/// Mounts a disk at the parent of `place`.
+fn on_disk(plan: &VolumePlan, disk: &DiskPlan, place: &Path) -> Result<(), Error> {
+    let top = place.parent().unwrap_or(place);
+    disk::mount(disk, top, false)
+        .and_then(|()| {
+            directory_on_disk(plan, place).inspect_err(|_| {
+                // The error is the one to tell, not what comes of it.
+                let _ = unmount(top);
+            })
+        })
+        .inspect_err(|_| {
+            if let Some(device) = &disk.bind_device {
+                let _ = disk::unbind(device);
+            }
+        })
+}
+
+/// Makes the volume's directory, unless an earlier guest has done so. It gets its name when it has its owner and mode.
+fn directory_on_disk(plan: &VolumePlan, place: &Path) -> Result<(), Error> {
+    if fs::symlink_metadata(place).is_ok() {
+        return Ok(());
+    }
+    let new = place.with_extension("new");
+    (|| {
+        fs::create_dir_all(&new)?;
+        own(&new, plan.owner)?;
+        fs::rename(&new, place)
+    })()
+    .step(|| format!("making the volume {}", plan.name))
 }
 
 fn own(place: &Path, owner: OwnerPlan) -> std::io::Result<()> {
@@ -214,21 +255,47 @@ mod tests {
         own.is_ok() && mount_change("/", flags).is_ok()
     }
 
+    fn disk() -> DiskPlan {
+        DiskPlan {
+            serial: "none-has-this".parse().unwrap(),
+            bind_device: Some("virtio-mmio.none".to_owned()),
+            fs_type: "ext4",
+            options: Vec::new(),
+        }
+    }
+
     #[test]
-    fn volume_on_the_scratch_disk_is_made_once_with_owner_and_mode() {
+    fn volume_on_a_disk_is_made_once_with_owner_and_mode() {
         let dir = tempfile::tempdir().unwrap();
-        let place = dir.path().join("volumes/v");
-        let volumes = Volumes::default();
-        volumes
-            .make(&plan(MediumPlan::Scratch, 0o2770), &place)
-            .unwrap();
+        let place = dir.path().join("content");
+        let make = |mode| directory_on_disk(&plan(MediumPlan::Disk(disk()), mode), &place);
+        make(0o2770).unwrap();
         assert_eq!(mode(&place), 0o2770);
         fs::write(place.join("kept"), "x").unwrap();
-        volumes
-            .make(&plan(MediumPlan::Scratch, 0o700), &place)
-            .unwrap();
-        assert_eq!(mode(&place), 0o2770);
+        // Another guest, after a container has changed it.
+        fs::set_permissions(&place, fs::Permissions::from_mode(0o711)).unwrap();
+        make(0o2770).unwrap();
+        assert_eq!(mode(&place), 0o711);
         assert!(place.join("kept").exists());
+        let entries = fs::read_dir(dir.path()).unwrap().count();
+        assert_eq!(entries, 1, "nothing else is left");
+    }
+
+    #[test]
+    fn volume_whose_disk_is_not_there_is_named_and_can_be_made_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("disk/content");
+        let volumes = Volumes::default();
+        for _ in 0..2 {
+            let plan = plan(MediumPlan::Disk(disk()), 0o777);
+            let error = volumes.make(&plan, &place).unwrap_err();
+            assert!(
+                error.chain().contains("virtio-mmio.none"),
+                "{}",
+                error.chain()
+            );
+        }
+        assert!(!place.exists());
     }
 
     #[test]

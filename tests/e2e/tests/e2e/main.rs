@@ -6,21 +6,25 @@
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod bad_input;
+mod block_volumes;
 mod churn;
 mod cofferctl;
 mod complaints;
 mod cri;
 mod cri_client;
+mod empty_dirs;
 mod faults;
 mod host_folders;
 mod isolation;
 mod kubernetes;
 mod lifecycle;
 mod limits;
+mod mount_propagation;
 mod network;
 mod pod_security;
 mod resize;
 mod resources;
+mod shared_files;
 mod software;
 mod streaming;
 mod streams;
