@@ -10,6 +10,7 @@ use ids::{Bytes, ContainerId, SandboxId};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use crate::config::Guest;
+use crate::description;
 use crate::error::SpecError;
 use crate::host_folders::HostFolder;
 use crate::host_mounts::HostMounts;
@@ -24,9 +25,6 @@ pub const MAX_SPEC_BYTES: usize = 2 << 20;
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 const RUNC_GROUP: &str = "io.containerd.runc.v2.group";
-
-/// The kernel's and runc's default size of `/dev/shm`.
-const DEFAULT_SHM: Bytes = Bytes(64 << 20);
 
 /// What a container is to its sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +48,11 @@ pub struct PodSpec {
     pub sysctls: BTreeMap<String, String>,
     /// The size of the pod's `/dev/shm`.
     pub shm: Bytes,
+}
+
+impl PodSpec {
+    /// The kernel's and runc's default size of `/dev/shm`.
+    pub(crate) const DEFAULT_SHM: Bytes = Bytes(64 << 20);
 }
 
 /// What the agent needs of a container.
@@ -118,6 +121,23 @@ impl Bundle {
         let spec: Spec = serde_json::from_slice(json).map_err(SpecError::Json)?;
         let role = role(&spec)?;
         Ok(Self { spec, role })
+    }
+
+    /// Makes the container a member of `sandbox`, a pod that was described without a spec: `files` of the pod's, each a
+    /// place in the container and a file of the host, are mounted where the spec mounts nothing.
+    pub fn join(&mut self, sandbox: &SandboxId, files: &[(&str, &std::path::Path)]) {
+        self.role = Role::Member(sandbox.clone());
+        let linux = self.spec.linux().as_ref();
+        let namespaces = linux.and_then(|linux| linux.namespaces().clone());
+        let mounts = self.spec.mounts().clone().unwrap_or_default();
+        let mounts =
+            description::member_mounts(mounts, namespaces.as_deref().unwrap_or_default(), files);
+        self.spec.set_mounts(Some(mounts));
+    }
+
+    /// Whether there is a container in it: the bundle of a pod that is described later may have a spec without one.
+    pub fn has_process(&self) -> bool {
+        self.spec.process().is_some()
     }
 
     /// What the container is to its sandbox.
@@ -195,7 +215,7 @@ impl Bundle {
             size: limits.vm_size(guest)?,
             hostname: self.spec.hostname().clone().filter(|name| !name.is_empty()),
             sysctls: sysctls.into_iter().collect(),
-            shm: DEFAULT_SHM,
+            shm: PodSpec::DEFAULT_SHM,
         })
     }
 

@@ -6,6 +6,7 @@
 //! ```text
 //! config.toml ──RuntimeConfig::parse──> RuntimeConfig ─┐
 //! config.json ──Bundle::parse──> Bundle ──────────────┼─> Bundle::pod ───────> PodSpec        (sizes the VM)
+//! CreateSandbox ───────────────> PodDescription ───────┼─> PodDescription::pod ─> PodSpec
 //! mountinfo ────HostMounts::parse──> HostMounts ───────┴─> Bundle::container ─> ContainerSpec  (what the agent gets)
 //! ```
 //!
@@ -17,6 +18,7 @@
 mod bundle;
 mod config;
 mod config_text;
+mod description;
 mod error;
 mod host_folders;
 mod host_mounts;
@@ -32,6 +34,7 @@ pub use config::{
     Debug, FileServer, Guest, Log, LogLevel, MetadataService, Network, RuntimeConfig, Storage, Vmm,
 };
 pub use config_text::{ConfigError, ConfigMistake};
+pub use description::PodDescription;
 pub use error::SpecError;
 pub use host_folders::{FolderAccess, FolderPropagation, HostFolder};
 pub use host_mounts::HostMounts;

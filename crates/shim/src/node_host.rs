@@ -14,7 +14,7 @@ use std::time::SystemTime;
 use agent_proto::{CONTROL_PORT, api};
 use hypervisor::{Disk, VmSpec};
 use ids::{DiskSerial, GuestCid, SandboxId};
-use pod_spec::{Bundle, ContainerSpec, Role, RuntimeConfig, SpecError};
+use pod_spec::{Bundle, ContainerSpec, PodSpec, Role, RuntimeConfig, SpecError};
 use pod_storage::{Rootfs, RootfsForm, StorageError, Store, WrittenBack};
 use sandbox::{
     ContainerKind, ContainerPlan, CreateTask, GuestContainer, GuestDisk, GuestRootfs, Host,
@@ -22,6 +22,7 @@ use sandbox::{
 };
 
 use crate::network;
+use crate::pod_source::{DescribedPod, PodSource};
 use crate::serve::PodRequest;
 use crate::start::read_bundle;
 
@@ -33,7 +34,9 @@ const SCRATCH_OPTIONS: &str = "discard";
 #[derive(Debug)]
 pub struct NodeHost {
     id: SandboxId,
-    bundle: PathBuf,
+    source: PodSource,
+    /// Where the pod's own files are.
+    private_dir: PathBuf,
     config: RuntimeConfig,
 }
 
@@ -42,13 +45,55 @@ impl NodeHost {
     pub fn new(pod: &PodRequest<'_>) -> Self {
         Self {
             id: pod.id.clone(),
-            bundle: pod.bundle.to_path_buf(),
+            source: pod.source.clone(),
+            private_dir: pod.private_dir.to_path_buf(),
             config: pod.config.clone(),
         }
     }
 
     fn store(&self) -> Result<Store, SandboxError> {
         Store::open(&self.config.storage).map_err(storage_error)
+    }
+
+    /// The pod that CreateSandbox has described.
+    fn described(&self) -> Option<&DescribedPod> {
+        match &self.source {
+            PodSource::Bundle(_) => None,
+            PodSource::Described(cell) => cell.get(),
+        }
+    }
+
+    /// What the pod's VM is to be like, and its network namespace.
+    fn pod(&self) -> Result<(PodSpec, Option<PathBuf>), SandboxError> {
+        let guest = &self.config.guest;
+        match &self.source {
+            PodSource::Bundle(dir) => {
+                let bundle = bundle(dir)?;
+                let namespace = bundle.network_namespace().map(Path::to_path_buf);
+                Ok((bundle.pod(guest).map_err(spec_error)?, namespace))
+            }
+            PodSource::Described(cell) => {
+                let pod = cell.get().ok_or_else(|| {
+                    let message = format!("sandbox {} is not described", self.id);
+                    SandboxError::new(SandboxErrorKind::FailedPrecondition, message)
+                })?;
+                let spec = pod.description.pod(guest).map_err(spec_error)?;
+                Ok((spec, pod.network_namespace.clone()))
+            }
+        }
+    }
+
+    /// Makes a container a member of a pod that has no spec.
+    fn join(&self, bundle: &mut Bundle, pod: &DescribedPod) {
+        let places = pod
+            .files
+            .as_ref()
+            .map_or_else(Vec::new, |files| files.places(&self.private_dir));
+        let places: Vec<(&str, &Path)> = places
+            .iter()
+            .map(|(place, source)| (*place, source.as_path()))
+            .collect();
+        bundle.join(&self.id, &places);
     }
 
     /// A container's root file system and the files that are copied into it.
@@ -119,8 +164,7 @@ impl NodeHost {
 
 impl Host for NodeHost {
     fn plan_pod(&self) -> Result<PodPlan, SandboxError> {
-        let bundle = bundle(&self.bundle)?;
-        let pod = bundle.pod(&self.config.guest).map_err(spec_error)?;
+        let (pod, namespace) = self.pod()?;
         let scratch = self.store()?.scratch_disk().map_err(storage_error)?;
         let guest = &self.config.guest;
         let mut configure = api::ConfigureSandboxRequest::new();
@@ -139,7 +183,7 @@ impl Host for NodeHost {
         let initramfs = open("guest.initramfs", &guest.initramfs)?;
         // Last: whatever fails before has nothing to undo.
         let metadata = self.config.network.metadata_service;
-        let (networks, guard) = match bundle.network_namespace() {
+        let (networks, guard) = match &namespace {
             None => (Vec::new(), nothing_to_undo()),
             Some(namespace) => {
                 let joined = network::join(namespace, metadata)?;
@@ -175,8 +219,21 @@ impl Host for NodeHost {
                 guard: nothing_to_undo(),
             });
         }
-        let bundle = bundle(&task.bundle)?;
-        let sandbox = bundle.sandbox(&task.container).map_err(spec_error)?;
+        if let PodSource::Described(_) = &self.source
+            && task.container.as_str() == self.id.as_str()
+        {
+            return Ok(ContainerPlan {
+                kind: ContainerKind::Sandbox,
+                guard: nothing_to_undo(),
+            });
+        }
+        let mut bundle = bundle(&task.bundle)?;
+        let described = self.described();
+        let sandbox = match bundle.role() {
+            // The Sandbox API asks for no annotations: a container of this shim is of its pod.
+            Role::Standalone if described.is_some() => self.id.clone(),
+            _ => bundle.sandbox(&task.container).map_err(spec_error)?,
+        };
         if sandbox != self.id {
             let message = format!(
                 "container {} is of sandbox {sandbox}, this is sandbox {}",
@@ -186,6 +243,9 @@ impl Host for NodeHost {
                 SandboxErrorKind::InvalidArgument,
                 message,
             ));
+        }
+        if let Some(pod) = described {
+            self.join(&mut bundle, pod);
         }
         let kind = match bundle.role() {
             Role::Sandbox => ContainerKind::Sandbox,
@@ -300,6 +360,7 @@ fn storage_error(error: StorageError) -> SandboxError {
         StorageError::NoSpace { .. } => SandboxErrorKind::ResourceExhausted,
         StorageError::UnknownRootfs(_)
         | StorageError::Overlay { .. }
+        | StorageError::TooManyImages { .. }
         | StorageError::CopyTooLarge { .. }
         | StorageError::CopyKind { .. }
         | StorageError::NotADirectory(_)
@@ -327,7 +388,8 @@ mod tests {
         );
         NodeHost {
             id: "pod1".parse().unwrap(),
-            bundle: dir.to_path_buf(),
+            source: PodSource::Bundle(dir.to_path_buf()),
+            private_dir: dir.to_path_buf(),
             config: RuntimeConfig::parse(&text).unwrap(),
         }
     }

@@ -16,10 +16,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hypervisor::{Capabilities, Driver, DriverError, RunningVm, VmSpec};
-use ids::SandboxId;
+use ids::{ContainerId, SandboxId};
 use pod_spec::{LogLevel, RuntimeConfig};
 use rustix::fs::Mode;
-use sandbox::{Host, SandboxHandle, SandboxOptions};
+use sandbox::{Boot, Host, SandboxHandle, SandboxOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::timeout;
 use tracing::Level;
@@ -32,11 +32,13 @@ use crate::handover;
 use crate::host_cgroup;
 use crate::inspect_service::{InspectService, Operator, RecordingSink};
 use crate::log;
+use crate::pod_source::PodSource;
 use crate::process::ProcessIdentity;
 use crate::publisher::{Patience, Publisher};
 use crate::run::{Roots, bundle};
+use crate::sandbox_service::SandboxService;
 use crate::socket::remove_socket;
-use crate::start::{TTRPC_ADDRESS, read_config};
+use crate::start::{TTRPC_ADDRESS, read_bundle, read_config};
 use crate::state_dir::StateDir;
 use crate::task_service::TaskService;
 
@@ -60,8 +62,8 @@ const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(1);
 pub struct PodRequest<'a> {
     /// The sandbox.
     pub id: &'a SandboxId,
-    /// The bundle of its first container.
-    pub bundle: &'a Path,
+    /// Where it is described.
+    pub source: &'a PodSource,
     /// The node's config.
     pub config: &'a RuntimeConfig,
     /// A directory for root alone, which is removed with the sandbox.
@@ -172,16 +174,25 @@ impl Shim<'_> {
             .unwrap_or_else(|| format!("{}.ttrpc", self.args.address));
         let publisher =
             Publisher::spawn(self.args.namespace.clone(), &address, Patience::default());
+        let source = pod_source(self.bundle);
+        let boot = match &source {
+            PodSource::Bundle(_) => Boot::AtOnce,
+            PodSource::Described(_) => Boot::WhenAsked,
+        };
+        let unspoken = match &source {
+            PodSource::Bundle(_) => None,
+            PodSource::Described(_) => Some(ContainerId::from(&id)),
+        };
         let parts = node
             .prepare(&PodRequest {
                 id: &id,
-                bundle: &self.bundle,
+                source: &source,
                 config: &self.config,
                 private_dir: self.state.path(),
             })
             .map_err(ShimError::Node)?;
         let sandbox = sandbox::spawn(SandboxOptions {
-            id,
+            id: id.clone(),
             driver: Arc::new(RecordingDriver {
                 driver: parts.driver,
                 state: self.state.clone(),
@@ -190,15 +201,23 @@ impl Shim<'_> {
             events: Arc::new(RecordingSink {
                 sink: Arc::new(publisher.clone()),
                 operator: self.operator.clone(),
+                unspoken,
             }),
             deadlines: parts.deadlines,
             file_server: self.config.file_server.path.clone(),
+            boot,
         });
         let mut server = Server::new()
             .add_listener(Listener::try_from(listener).map_err(server_error)?)
             .register_service(
                 TaskService::new(sandbox.clone(), Arc::clone(&self.operator.shells)).services(),
             )
+            .register_service(SandboxService::services(
+                sandbox.clone(),
+                id,
+                source,
+                self.state.clone(),
+            ))
             .register_service(InspectService::services(sandbox.clone(), self.operator));
         server
             .start()
@@ -222,6 +241,16 @@ impl Shim<'_> {
         }
         tracing::info!("the sandbox has ended");
         Ok(())
+    }
+}
+
+/// Where the pod is described: a bundle without a container is a sandbox's, which CreateSandbox describes. One that cannot
+/// be read is reported when it is needed.
+fn pod_source(bundle: PathBuf) -> PodSource {
+    match read_bundle(&bundle) {
+        Ok(None) => PodSource::Described(Arc::default()),
+        Ok(Some(spec)) if !spec.has_process() => PodSource::Described(Arc::default()),
+        _ => PodSource::Bundle(bundle),
     }
 }
 

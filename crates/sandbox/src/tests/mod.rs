@@ -12,4 +12,5 @@ mod phases;
 mod pod;
 mod soak;
 mod streams;
+mod waits;
 mod write_back;

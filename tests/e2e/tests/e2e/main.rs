@@ -15,6 +15,7 @@ mod isolation;
 mod lifecycle;
 mod network;
 mod resources;
+mod sandbox_api;
 mod software;
 mod streams;
 mod terminal;
