@@ -14,6 +14,17 @@ pub const SCRATCH_DIR: &str = "/run/coffer/scratch";
 /// The pod's shared memory, behind every container's `/dev/shm` that CRI shares.
 pub const SHM_DIR: &str = "/run/coffer/shm";
 
+/// In a spec: the pid namespace that the pod's containers share, whose process 1 is the agent's pause process.
+pub const POD_PID_NAMESPACE: &str = "/run/coffer/pause/ns/pid";
+
+/// The root file system of the pause process.
+pub const PAUSE_ROOTFS: &str = "/run/coffer/pause/rootfs";
+
+/// In a spec: the pid namespace of the container whose init has the pid `pid` in the guest.
+pub fn pid_namespace_of(pid: u32) -> String {
+    format!("/proc/{pid}/ns/pid")
+}
+
 /// The folder of one container: rootfs, bundle and copied mounts.
 pub fn container_dir(id: &ContainerId) -> String {
     format!("{RUN_DIR}/containers/{id}")

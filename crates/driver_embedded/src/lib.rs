@@ -16,6 +16,7 @@
 mod guardian;
 mod guest_memory;
 mod link;
+mod out_of_memory;
 mod vm;
 mod vsock;
 

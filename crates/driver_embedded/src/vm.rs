@@ -27,12 +27,17 @@ use crate::disk_config;
 use crate::guardian::{self, Process, ProcessEnd};
 use crate::guest_memory::SharedMemory;
 use crate::link::{LastWords, Link, Silence, WAITING_CONNECTIONS, gone};
+use crate::out_of_memory;
 use crate::vsock::GuestSocket;
+
+/// signal(7)
+const SIGKILL: i32 = 9;
 
 /// How long building a VM may take; milliseconds on hardware, most of a second in a nested emulator under load.
 const START_DEADLINE: Duration = Duration::from_secs(20);
-/// How long every other call may take.
-const CALL_DEADLINE: Duration = Duration::from_secs(5);
+/// How long every other call may take. Milliseconds, but a node that starts more pods than it has processors for makes its
+/// VMMs wait for their turn; one that has died is noticed at once in any case.
+const CALL_DEADLINE: Duration = Duration::from_secs(20);
 /// How long moving guest memory may take: a guest of tens of GiB that uses all of it copies them.
 const SHARE_DEADLINE: Duration = Duration::from_secs(60);
 /// How long the last messages of a VMM that is gone may take to be read.
@@ -172,6 +177,7 @@ fn reason(end: &ProcessEnd, last_words: Option<LastWords>, killed: bool) -> VmEx
                 last_words.map_or_else(|| "it said nothing".to_owned(), |words| words.text),
             ),
         },
+        (None, Some(SIGKILL)) if out_of_memory::kills() > 0 => VmExit::OutOfMemory,
         (None, Some(signal)) => {
             tracing::error!(signal, stderr = end.stderr, "a signal has ended the VMM");
             VmExit::Signal(signal)

@@ -122,7 +122,9 @@ pub enum VmExit {
     Guest,
     /// [`RunningVm::kill`](crate::RunningVm::kill) ended it.
     Killed,
-    /// A signal ended the VMM; a seccomp violation is `SIGSYS`, the host's OOM killer `SIGKILL`.
+    /// The host's OOM killer ended the VMM: the pod's cgroup had no room for the VM.
+    OutOfMemory,
+    /// Another signal ended the VMM; a seccomp violation is `SIGSYS`.
     Signal(i32),
     /// The VMM gave up, with this exit code and last words.
     Failed {
@@ -138,6 +140,10 @@ impl fmt::Display for VmExit {
         match self {
             Self::Guest => f.write_str("the guest shut down"),
             Self::Killed => f.write_str("the VM was stopped"),
+            Self::OutOfMemory => f.write_str(
+                "the node's OOM killer ended the VMM: the memory limit of the pod's cgroup has no room for its VM, raise the \
+                 runtime class's overhead or the pod's limits",
+            ),
             Self::Signal(signal) => write!(f, "the VMM was ended by signal {signal}"),
             Self::Failed { code, message } => {
                 write!(f, "the VMM failed with exit code {code}: {message}")
@@ -156,6 +162,8 @@ mod tests {
             VmExit::Signal(9).to_string(),
             "the VMM was ended by signal 9"
         );
+        let memory = VmExit::OutOfMemory.to_string();
+        assert!(memory.contains("the pod's cgroup has no room"), "{memory}");
         let failed = VmExit::Failed {
             code: 3,
             message: "open /dev/kvm: no such file".to_owned(),

@@ -14,10 +14,9 @@ use crate::description;
 use crate::error::SpecError;
 use crate::host_folders::HostFolder;
 use crate::host_mounts::HostMounts;
-use crate::mounts;
 use crate::sizing::{Limits, VmSize};
-use crate::translate;
 use crate::volumes::{EmptyDir, LiveVolume, WriteBack};
+use crate::{mounts, namespaces, refusals, translate};
 
 /// The longest `config.json`, in bytes. It crosses to the guest in one ttrpc message of at most 4 MiB.
 pub const MAX_SPEC_BYTES: usize = 2 << 20;
@@ -118,6 +117,7 @@ impl Bundle {
                 max: MAX_SPEC_BYTES,
             });
         }
+        is_object(json).map_err(SpecError::Json)?;
         let spec: Spec = serde_json::from_slice(json).map_err(SpecError::Json)?;
         let role = role(&spec)?;
         Ok(Self { spec, role })
@@ -194,11 +194,12 @@ impl Bundle {
     /// The VM of the pod whose first container this is.
     ///
     /// # Errors
-    /// [`SpecError::HostNamespace`], [`SpecError::TooLarge`] or [`SpecError::Annotation`].
+    /// [`SpecError::HostNamespace`], [`SpecError::Unsupported`], [`SpecError::TooLarge`] or [`SpecError::Annotation`].
     pub fn pod(&self, guest: &Guest) -> Result<PodSpec, SpecError> {
+        refusals::check(&self.spec)?;
         let linux = self.spec.linux().as_ref();
-        let namespaces = linux.and_then(|linux| linux.namespaces().as_deref());
-        translate::refuse_host_namespaces(namespaces.unwrap_or_default())?;
+        let asked = linux.and_then(|linux| linux.namespaces().as_deref());
+        namespaces::check(asked.unwrap_or_default())?;
         let limits = match self.role {
             Role::Standalone => {
                 Limits::from_resources(linux.and_then(|linux| linux.resources().as_ref()))
@@ -211,10 +212,15 @@ impl Bundle {
         let sysctls = linux
             .and_then(|linux| linux.sysctl().clone())
             .unwrap_or_default();
+        let mut sysctls: BTreeMap<_, _> = sysctls.into_iter().collect();
+        let set = |name: &&String| !name.is_empty();
+        if let Some(name) = self.spec.domainname().as_ref().filter(set) {
+            sysctls.insert("kernel.domainname".to_owned(), name.clone());
+        }
         Ok(PodSpec {
             size: limits.vm_size(guest)?,
             hostname: self.spec.hostname().clone().filter(|name| !name.is_empty()),
-            sysctls: sysctls.into_iter().collect(),
+            sysctls,
             shm: PodSpec::DEFAULT_SHM,
         })
     }
@@ -226,7 +232,8 @@ impl Bundle {
     ///
     /// | field | who does it |
     /// |---|---|
-    /// | network, ipc and uts namespaces, hostname, sysctls of the pod | the guest's own namespaces are the pod's |
+    /// | network, ipc and uts namespaces, host and domain name, sysctls of the pod | the guest's own namespaces are the pod's |
+    /// | devices of the host in the spec of a privileged container | it gets the guest's own |
     /// | `cgroupsPath` | the agent's own tree; the host's cgroup holds the VM |
     /// | the default AppArmor profile, SELinux labels | they guard the host's kernel, which the container does not reach |
     ///
@@ -245,6 +252,17 @@ impl Bundle {
             .annotations()
             .as_ref()
             .and_then(|annotations| annotations.get(key))
+    }
+}
+
+/// Whether the JSON is an object: serde takes an array for a struct too, and an empty one for a struct of defaults.
+///
+/// # Errors
+/// As for JSON of another type.
+pub(crate) fn is_object(json: &[u8]) -> Result<(), serde_json::Error> {
+    match json.trim_ascii_start().first() {
+        Some(b'{') => Ok(()),
+        _ => Err(serde::de::Error::custom("a JSON object was expected")),
     }
 }
 
@@ -332,6 +350,30 @@ mod tests {
     }
 
     #[test]
+    fn domain_name_is_a_kernel_parameter_of_the_pod() {
+        let json = r#"{"ociVersion":"1.0.2","domainname":"nis","linux":{"sysctl":{"kernel.msgmax":"9"},
+            "namespaces":[{"type":"pid"},{"type":"ipc"},{"type":"network"}]}}"#;
+        let guest = crate::RuntimeConfig::default().guest;
+        let pod = Bundle::parse(json.as_bytes()).unwrap().pod(&guest).unwrap();
+        let sysctls: Vec<_> = pod.sysctls.iter().collect();
+        let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+        let expected = [pair("kernel.domainname", "nis"), pair("kernel.msgmax", "9")];
+        assert_eq!(
+            sysctls,
+            expected.each_ref().map(|(key, value)| (key, value))
+        );
+    }
+
+    #[test]
+    fn pod_with_a_user_namespace_is_refused_before_it_has_a_vm() {
+        let json = r#"{"ociVersion":"1.0.2","linux":{
+            "namespaces":[{"type":"pid"},{"type":"ipc"},{"type":"network"},{"type":"user"}]}}"#;
+        let guest = crate::RuntimeConfig::default().guest;
+        let error = Bundle::parse(json.as_bytes()).unwrap().pod(&guest);
+        assert!(error.unwrap_err().to_string().contains("hostUsers"));
+    }
+
+    #[test]
     fn unknown_container_type_is_refused() {
         assert!(matches!(
             bundle(&format!("{{\"{CONTAINER_TYPE}\":\"vm\"}}")),
@@ -341,10 +383,11 @@ mod tests {
 
     #[test]
     fn bytes_that_are_no_json_are_refused() {
-        assert!(matches!(
-            Bundle::parse(b"not json"),
-            Err(SpecError::Json(_))
-        ));
+        for text in ["not json", "[]", " [\"1.0.2\"]", "7", ""] {
+            let parsed = Bundle::parse(text.as_bytes());
+            assert!(matches!(parsed, Err(SpecError::Json(_))), "{text:?}");
+        }
+        Bundle::parse(b" \n{\"ociVersion\":\"1.0.2\"}").unwrap();
         assert!(matches!(
             Bundle::parse(&vec![b' '; MAX_SPEC_BYTES + 1]),
             Err(SpecError::TooLong { .. })

@@ -33,6 +33,8 @@ pub(crate) struct Limits {
     /// CPU time per period, both in µs.
     pub(crate) cpu: Option<(u64, u64)>,
     pub(crate) memory: Option<Bytes>,
+    /// All of every size. They come beside the memory limit; CRI tells those of a pod to no runtime.
+    pub(crate) huge_pages: Bytes,
 }
 
 impl Limits {
@@ -55,6 +57,7 @@ impl Limits {
         Ok(Self {
             cpu,
             memory: number(MEMORY)?.map(Bytes),
+            huge_pages: Bytes(0),
         })
     }
 
@@ -76,10 +79,18 @@ impl Limits {
         let memory = resources
             .and_then(|resources| resources.memory().as_ref())
             .and_then(|memory| memory.limit());
+        let huge_pages = resources.and_then(|resources| resources.hugepage_limits().as_ref());
+        let huge_pages = huge_pages
+            .into_iter()
+            .flatten()
+            .filter_map(|limit| positive(limit.limit()))
+            // Written for "no limit", which asks for none.
+            .filter(|limit| *limit < i64::MAX.unsigned_abs());
         // The kernel's default period is 100 ms.
         Self {
             cpu: quota.map(|quota| (quota, period.unwrap_or(100_000))),
             memory: memory.and_then(positive).map(Bytes),
+            huge_pages: Bytes(huge_pages.fold(0, u64::saturating_add)),
         }
     }
 
@@ -105,13 +116,18 @@ impl Limits {
                 vcpus
             }
         };
+        let huge_pages = self.huge_pages.0.div_ceil(1 << 20);
         let memory = match self.memory {
-            None => guest.default_memory,
-            Some(limit) => {
-                let wanted = limit
-                    .0
-                    .div_ceil(1 << 20)
-                    .saturating_add(u64::from(guest.overhead_memory.0));
+            None if huge_pages == 0 => guest.default_memory,
+            limit => {
+                let wanted = match limit {
+                    None => u64::from(guest.default_memory.0),
+                    Some(limit) => limit
+                        .0
+                        .div_ceil(1 << 20)
+                        .saturating_add(u64::from(guest.overhead_memory.0)),
+                };
+                let wanted = wanted.saturating_add(huge_pages);
                 let memory = u32::try_from(wanted)
                     .ok()
                     .map(Mib)
@@ -197,6 +213,27 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(error.contains("guest.max_memory_mib"), "{error}");
+    }
+
+    #[test]
+    fn huge_pages_come_beside_the_memory_limit() {
+        let size = |json: &str| {
+            let resources = serde_json::from_str(json).unwrap();
+            Limits::from_resources(Some(&resources)).vm_size(&guest())
+        };
+        let pages = r#""hugepageLimits":[{"pageSize":"2MB","limit":67108865},{"pageSize":"1GB","limit":0},
+            {"pageSize":"64KB","limit":9223372036854775807}]"#;
+        let with_limit = format!(r#"{{{pages},"memory":{{"limit":268435456}}}}"#);
+        assert_eq!(size(&with_limit).unwrap().memory, Mib(256 + 65 + 64));
+        let without = format!("{{{pages}}}");
+        assert_eq!(size(&without).unwrap().memory, Mib(512 + 65));
+        let error = size(r#"{"hugepageLimits":[{"pageSize":"1GB","limit":4294967296}]}"#);
+        assert!(
+            error
+                .unwrap_err()
+                .to_string()
+                .contains("guest.max_memory_mib")
+        );
     }
 
     #[test]

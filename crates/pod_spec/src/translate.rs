@@ -5,32 +5,15 @@
 
 use agent_proto::layout;
 use ids::ContainerId;
-use oci_spec::runtime::{
-    Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType,
-    LinuxResources, Process, Spec,
-};
+use oci_spec::runtime::{Linux, LinuxResources, Process, Spec};
 
-use crate::bundle::{ContainerSpec, MAX_SPEC_BYTES, Role};
+use crate::bundle::{ContainerSpec, MAX_SPEC_BYTES, Role, is_object};
 use crate::error::SpecError;
 use crate::host_mounts::HostMounts;
-use crate::mounts;
+use crate::{devices, mounts, namespaces, refusals};
 
 /// Profiles that containerd sets for every container of a node with AppArmor, or that mean "none".
 const DEFAULT_APPARMOR: [&str; 3] = ["", "unconfined", "cri-containerd.apparmor.d"];
-
-/// Character devices that the guest has of its own, by major and minor: null, zero, full, random, urandom, tty, ptmx
-/// (the OCI runtime spec's default devices), net/tun and fuse.
-const GUEST_DEVICES: [(i64, i64); 9] = [
-    (1, 3),
-    (1, 5),
-    (1, 7),
-    (1, 8),
-    (1, 9),
-    (5, 0),
-    (5, 2),
-    (10, 200),
-    (10, 229),
-];
 
 /// Translates a container's spec. See [`crate::Bundle::container`].
 pub(crate) fn container(
@@ -39,6 +22,7 @@ pub(crate) fn container(
     role: &Role,
     host: &HostMounts,
 ) -> Result<ContainerSpec, SpecError> {
+    refusals::check(&spec)?;
     let process = spec
         .process_mut()
         .as_mut()
@@ -56,8 +40,11 @@ pub(crate) fn container(
 
     let (mounts, needs) = mounts::translate(id, spec.mounts().clone().unwrap_or_default(), host)?;
     spec.set_mounts(Some(mounts));
-    spec.set_hostname(None);
-    spec.set_domainname(None);
+    if *role == Role::Standalone {
+        // They are the pod's. A member may only repeat the pod's, which the guest checks.
+        spec.set_hostname(None);
+        spec.set_domainname(None);
+    }
     spec.set_annotations(None);
     let guest_spec = serde_json::to_vec(&spec).map_err(SpecError::Json)?;
     Ok(ContainerSpec {
@@ -83,6 +70,7 @@ pub fn exec_process(json: &[u8]) -> Result<Vec<u8>, SpecError> {
             max: MAX_SPEC_BYTES,
         });
     }
+    is_object(json).map_err(SpecError::ExecJson)?;
     let mut process: Process = serde_json::from_slice(json).map_err(SpecError::ExecJson)?;
     strip_host_labels(&mut process)?;
     serde_json::to_vec(&process).map_err(SpecError::ExecJson)
@@ -103,18 +91,15 @@ fn strip_host_labels(process: &mut Process) -> Result<(), SpecError> {
 }
 
 fn translate_linux(linux: &mut Linux, role: &Role) -> Result<(), SpecError> {
-    linux.set_namespaces(Some(namespaces(
-        linux.namespaces().as_deref().unwrap_or_default(),
-    )?));
+    let asked = linux.namespaces().as_deref().unwrap_or_default();
+    linux.set_namespaces(Some(namespaces::translate(asked, role)?));
     linux.set_cgroups_path(None);
     linux.set_mount_label(None);
     if *role == Role::Standalone {
         // The guest's namespaces are this container's: its sysctls are the pod's.
         linux.set_sysctl(None);
     }
-    for device in linux.devices().iter().flatten() {
-        check_device(device)?;
-    }
+    devices::translate(linux)?;
     if let Some(resources) = linux.resources() {
         check_resources(resources)?;
     }
@@ -139,73 +124,6 @@ fn translate_linux(linux: &mut Linux, role: &Role) -> Result<(), SpecError> {
         }
     }
     Ok(())
-}
-
-/// The namespaces for the guest. The guest's own network, ipc and uts namespaces are the pod's, so those go; what is
-/// left is made anew for each container.
-fn namespaces(asked: &[LinuxNamespace]) -> Result<Vec<LinuxNamespace>, SpecError> {
-    refuse_host_namespaces(asked)?;
-    let mut guest = Vec::new();
-    for namespace in asked {
-        match namespace.typ() {
-            LinuxNamespaceType::Network | LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts => {}
-            LinuxNamespaceType::Cgroup => {}
-            kind if namespace.path().is_some() => {
-                let field = format!("linux.namespaces[{kind}]");
-                let reason = "sharing another container's namespace is not supported yet: give each its own \
-                              (shareProcessNamespace: false)";
-                return Err(SpecError::unsupported(field, reason));
-            }
-            _ => guest.push(namespace.clone()),
-        }
-    }
-    // A container must not see the guest's cgroups, whatever cgroup version the node has.
-    guest.push(new_namespace(LinuxNamespaceType::Cgroup)?);
-    if !has(asked, LinuxNamespaceType::Mount) {
-        guest.push(new_namespace(LinuxNamespaceType::Mount)?);
-    }
-    Ok(guest)
-}
-
-/// Refuses a spec that leaves out a namespace, for then it means the host's.
-///
-/// # Errors
-/// [`SpecError::HostNamespace`].
-pub(crate) fn refuse_host_namespaces(asked: &[LinuxNamespace]) -> Result<(), SpecError> {
-    let pods = [
-        (LinuxNamespaceType::Network, "network", "hostNetwork"),
-        (LinuxNamespaceType::Ipc, "ipc", "hostIPC"),
-        (LinuxNamespaceType::Pid, "pid", "hostPID"),
-    ];
-    match pods.into_iter().find(|(kind, _, _)| !has(asked, *kind)) {
-        Some((_, name, field)) => Err(SpecError::HostNamespace(name, field)),
-        None => Ok(()),
-    }
-}
-
-fn has(asked: &[LinuxNamespace], kind: LinuxNamespaceType) -> bool {
-    asked.iter().any(|namespace| namespace.typ() == kind)
-}
-
-fn new_namespace(kind: LinuxNamespaceType) -> Result<LinuxNamespace, SpecError> {
-    LinuxNamespaceBuilder::default()
-        .typ(kind)
-        .build()
-        .map_err(|error| SpecError::unsupported("linux.namespaces", error.to_string()))
-}
-
-fn check_device(device: &LinuxDevice) -> Result<(), SpecError> {
-    let guests = matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U)
-        && GUEST_DEVICES.contains(&(device.major(), device.minor()));
-    if guests || device.typ() == LinuxDeviceType::P {
-        return Ok(());
-    }
-    let field = format!("linux.devices[{}]", device.path().display());
-    Err(SpecError::unsupported(
-        field,
-        "a device of the host cannot be passed to a pod: remove it, and set privileged_without_host_devices in \
-         containerd's runtime options for privileged pods",
-    ))
 }
 
 pub(crate) fn check_resources(resources: &LinuxResources) -> Result<(), SpecError> {
@@ -284,13 +202,13 @@ pub(crate) fn check_resources(resources: &LinuxResources) -> Result<(), SpecErro
 mod tests {
     use super::*;
     use crate::Bundle;
+    use oci_spec::runtime::LinuxNamespaceType;
 
-    const NAMESPACES: &str = r#"[{"type":"pid"},{"type":"ipc","path":"/proc/1/ns/ipc"},{"type":"uts"},
-        {"type":"mount"},{"type":"network","path":"/proc/1/ns/net"}]"#;
+    const NAMESPACES: &str = r#"[{"type":"pid"},{"type":"ipc"},{"type":"uts"},{"type":"mount"},{"type":"network","path":"/proc/1/ns/net"}]"#;
 
     fn spec(process: &str, namespaces: &str, linux: &str) -> String {
         format!(
-            r#"{{"ociVersion":"1.0.2","hostname":"h","annotations":{{"a":"b"}},
+            r#"{{"ociVersion":"1.0.2","hostname":"h","domainname":"d","annotations":{{"a":"b"}},
             "root":{{"path":"rootfs","readonly":true}},
             "process":{{"cwd":"/","args":["sh"],"user":{{"uid":0,"gid":0}}{process}}},
             "linux":{{"cgroupsPath":"/kubepods/x","namespaces":{namespaces}{linux}}}}}"#
@@ -316,7 +234,7 @@ mod tests {
         );
         assert_eq!(guest.root().as_ref().unwrap().readonly(), Some(true));
         assert_eq!(guest.annotations(), &None);
-        assert_eq!(guest.hostname(), &None);
+        assert_eq!((guest.hostname(), guest.domainname()), (&None, &None));
         let linux = guest.linux().as_ref().unwrap();
         assert_eq!(linux.cgroups_path(), &None);
         let kinds: Vec<_> = linux
@@ -336,23 +254,6 @@ mod tests {
     }
 
     #[test]
-    fn host_namespaces_are_refused_with_the_field_to_change() {
-        for (missing, field) in [
-            ("network", "hostNetwork"),
-            ("ipc", "hostIPC"),
-            ("pid", "hostPID"),
-        ] {
-            let list: Vec<String> = ["network", "ipc", "pid", "mount"]
-                .iter()
-                .filter(|kind| **kind != missing)
-                .map(|kind| format!("{{\"type\":\"{kind}\"}}"))
-                .collect();
-            let error = refusal(&spec("", &format!("[{}]", list.join(",")), ""));
-            assert!(error.contains(field), "{error}");
-        }
-    }
-
-    #[test]
     fn default_apparmor_profile_is_left_out_and_another_refused() {
         let guest = translate(&spec(
             r#","apparmorProfile":"cri-containerd.apparmor.d""#,
@@ -363,19 +264,6 @@ mod tests {
         assert_eq!(guest.process().as_ref().unwrap().apparmor_profile(), &None);
         let error = refusal(&spec(r#","apparmorProfile":"mine""#, NAMESPACES, ""));
         assert!(error.starts_with("process.apparmorProfile"), "{error}");
-    }
-
-    #[test]
-    fn host_device_is_refused_and_dev_null_is_not() {
-        let device = |major, minor| {
-            format!(
-                r#","devices":[{{"path":"/dev/x","type":"c","major":{major},"minor":{minor}}}]"#
-            )
-        };
-        assert!(translate(&spec("", NAMESPACES, &device(1, 3))).is_ok());
-        assert!(
-            refusal(&spec("", NAMESPACES, &device(10, 232))).starts_with("linux.devices[/dev/x]")
-        );
     }
 
     #[test]
@@ -399,10 +287,21 @@ mod tests {
     }
 
     #[test]
-    fn shared_pid_namespace_is_refused() {
-        let namespaces =
-            r#"[{"type":"pid","path":"/proc/1/ns/pid"},{"type":"ipc"},{"type":"network"}]"#;
-        assert!(refusal(&spec("", namespaces, "")).contains("shareProcessNamespace"));
+    fn member_keeps_its_names_for_the_guest_to_check() {
+        let json = spec("", NAMESPACES, "").replace(
+            r#""a":"b""#,
+            r#""io.kubernetes.cri.container-type":"container","io.kubernetes.cri.sandbox-id":"p""#,
+        );
+        let guest = translate(&json).unwrap();
+        assert_eq!(guest.hostname().as_deref(), Some("h"));
+    }
+
+    #[test]
+    fn user_namespace_hooks_and_foreign_sysctls_are_refused() {
+        let namespaces = NAMESPACES.replace("]", r#",{"type":"user"}]"#);
+        assert!(refusal(&spec("", &namespaces, "")).contains("hostUsers"));
+        let sysctl = r#","sysctl":{"vm.swappiness":"1"}"#;
+        assert!(refusal(&spec("", NAMESPACES, sysctl)).contains("vm.swappiness"));
     }
 
     #[test]

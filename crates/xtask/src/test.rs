@@ -9,13 +9,14 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::statvfs::statvfs;
 
 use crate::build::{KVM_TESTED_PACKAGES, SUITE, TestKind, TestProgram};
 use crate::node::{Job, Machine, Place, Work};
-use crate::step::{section, step};
+use crate::step::{seconds, section, step};
 use crate::tally::{Outcome, Tally};
 use crate::{build, check, images, kernel, kernel_selftest, process, workspace};
 
@@ -23,6 +24,8 @@ use crate::{build, check, images, kernel, kernel_selftest, process, workspace};
 const CRATE_TESTS_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// The longest time for what runs in the node; on 2 cores under emulation.
 const NODE_TESTS_LIMIT: Duration = Duration::from_secs(30 * 60);
+/// What a run from nothing writes below the checkout and into the cache, in MiB.
+const WHOLE_RUN_MIB: u64 = 6 * 1024;
 /// The most nodes beside each other; each has 4 GiB of memory.
 const MAX_NODES: usize = 4;
 
@@ -45,6 +48,7 @@ pub(crate) struct Arguments {
 /// # Errors
 /// When the tests cannot be built or the node does not run to its end.
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+    tell_free_space()?;
     let place = thread::scope(|scope| {
         // Waits for a network, so beside the build, which waits for the processor.
         let software = scope.spawn(images::software);
@@ -71,6 +75,17 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Says so at once when the disk will not do: what fails later, for want of space, names other causes.
+fn tell_free_space() -> Result<()> {
+    let root = workspace::root();
+    let disk = statvfs(&root).with_context(|| format!("cannot look at {}", root.display()))?;
+    let free = disk.blocks_available().saturating_mul(disk.fragment_size()) >> 20;
+    if free < WHOLE_RUN_MIB {
+        println!("==> disk: {free} MiB free, and a run from nothing takes {WHOLE_RUN_MIB} MiB");
+    }
+    Ok(())
 }
 
 /// The guest kernel's self test, under emulation on this machine.
@@ -240,12 +255,42 @@ fn node_scripts(
     Ok(scripts)
 }
 
-/// Passes on whole lines, so that those of several nodes do not mix, and keeps a copy.
-#[derive(Default)]
+/// Passes on whole lines, so that those of several nodes do not mix, and keeps a copy. A line that ends a test is passed on
+/// with the time since the line before.
 struct Lines {
     all: Vec<u8>,
     /// How much of it was passed on.
     shown: usize,
+    last: Instant,
+}
+
+impl Default for Lines {
+    fn default() -> Self {
+        Self {
+            all: Vec::new(),
+            shown: 0,
+            last: Instant::now(),
+        }
+    }
+}
+
+impl Lines {
+    fn pass_on(&mut self, line: &[u8]) -> io::Result<()> {
+        let took = self.last.elapsed();
+        self.last = Instant::now();
+        let mut out = io::stdout().lock();
+        match line.strip_suffix(b"\n") {
+            Some(test) if line.starts_with(b"test ") && contains(line, b" ... ") => {
+                out.write_all(test)?;
+                writeln!(out, " ({})", seconds(took))
+            }
+            _ => out.write_all(line),
+        }
+    }
+}
+
+fn contains(line: &[u8], part: &[u8]) -> bool {
+    line.windows(part.len()).any(|window| window == part)
 }
 
 impl Write for Lines {
@@ -253,9 +298,11 @@ impl Write for Lines {
         self.all.extend_from_slice(bytes);
         let unseen = self.all.get(self.shown..).unwrap_or_default();
         if let Some(end) = unseen.iter().rposition(|byte| *byte == b'\n') {
-            let (lines, _) = unseen.split_at(end.saturating_add(1));
-            io::stdout().write_all(lines)?;
+            let lines = unseen.get(..=end).unwrap_or_default().to_vec();
             self.shown = self.shown.saturating_add(lines.len());
+            for line in lines.split_inclusive(|byte| *byte == b'\n') {
+                self.pass_on(line)?;
+            }
         }
         Ok(bytes.len())
     }

@@ -7,11 +7,13 @@
 //! connection closes, the VM ends. Every millisecond before the Hello is one of the pod's start, so nothing comes before
 //! it that need not.
 //!
-//! Two other lives, chosen by the first argument where it is not PID 1: the helper that makes one process of a container,
-//! and an agent on unix sockets in a folder, for tests on a machine without a VM.
+//! Three other lives. Called `/pause` it is the first process of the pid namespace that a pod's containers share. Chosen by
+//! the first argument where it is not PID 1: the helper that makes one process of a container, and an agent on unix sockets
+//! in a folder, for tests on a machine without a VM.
 
 mod transport;
 
+use std::ffi::OsStr;
 use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
@@ -29,6 +31,10 @@ const MAX_BLOCKING_THREADS: usize = 64;
 
 fn main() -> ExitCode {
     let started_ns = boot_time_ns();
+    // Process 1 too, of a namespace of its own.
+    if std::env::args_os().next().as_deref() == Some(OsStr::new(oci_process::PAUSE)) {
+        return oci_process::pause_main();
+    }
     if std::process::id() == 1 {
         std::panic::set_hook(Box::new(|info| {
             let _ = writeln!(io::stderr(), "coffer-agent: {info}");

@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use crate::Error;
 use crate::error::Context as _;
 use crate::events::Events;
+use crate::pid_namespace::PidNamespace;
 use crate::plan::{ContainerPlan, ExecPlan, SandboxPlan, StdioPlan};
 use crate::stdio::{Connections, Stream, pump_input, pump_output};
 use crate::system::{Gate, Job, Launched, System};
@@ -159,11 +160,17 @@ impl<S: System> Agent<S> {
             .await?;
         let (streams, mut ends) = pipes(plan.stdio)?;
         let for_launch = plan.clone();
+        let pids = self.find_pids(plan.pids)?;
         let launched = self
             .blocking(move |system| {
                 let job = Job::Init {
                     container: &for_launch.key.container,
                     spec: &for_launch.spec,
+                    pids: match &pids {
+                        PidNamespace::Own => PidNamespace::Own,
+                        PidNamespace::Pod => PidNamespace::Pod,
+                        PidNamespace::Of(init) => PidNamespace::Of(init),
+                    },
                 };
                 system.launch(job, streams)
             })
@@ -173,6 +180,14 @@ impl<S: System> Agent<S> {
         let consequences = self.table().created(&plan.key.container, gate, io);
         self.apply(consequences);
         Ok(pid)
+    }
+
+    fn find_pids(&self, asked: PidNamespace<u32>) -> Result<PidNamespace<Arc<OwnedFd>>, Error> {
+        Ok(match asked {
+            PidNamespace::Own => PidNamespace::Own,
+            PidNamespace::Pod => PidNamespace::Pod,
+            PidNamespace::Of(pid) => PidNamespace::Of(self.table().init(pid)?),
+        })
     }
 
     async fn make_ready(
@@ -373,20 +388,27 @@ impl<S: System> Agent<S> {
     }
 
     fn apply(&self, consequences: Consequences) {
-        for exit in consequences.exits {
-            self.events.exited(&exit.key, exit.status, exit.at_unix_ns);
-        }
-        if let Some(container) = consequences.end_rest {
-            let system = self.system.clone();
-            tokio::task::spawn_blocking(move || {
-                if let Err(error) = system.signal_all(&container, libc::SIGKILL.unsigned_abs()) {
-                    crate::log::warn(&format!(
-                        "container {container}: ending the rest: {}",
-                        error.chain()
-                    ));
-                }
-            });
-        }
+        let Consequences { exits, end_rest } = consequences;
+        let events = self.events.clone();
+        let tell = move || {
+            for exit in exits {
+                events.exited(&exit.key, exit.status, exit.at_unix_ns);
+            }
+        };
+        let Some(container) = end_rest else {
+            return tell();
+        };
+        let system = self.system.clone();
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = system.signal_all(&container, libc::SIGKILL.unsigned_abs()) {
+                crate::log::warn(&format!(
+                    "container {container}: ending the rest: {}",
+                    error.chain()
+                ));
+            }
+            // Afterwards: from the exit on the host may remove the container, and make another of its name.
+            tell();
+        });
     }
 
     /// Puts the agent's ends of a process's streams on the event loop.

@@ -13,6 +13,7 @@ use oci_spec::runtime::{Process, Spec};
 
 use crate::Error;
 use crate::network::NetworkPlan;
+use crate::pid_namespace::PidNamespace;
 use crate::volume_plan::{self, HostFoldersPlan, SubPathPlan, VolumePlan};
 
 /// The most layers under one overlay (`OVL_MAX_STACK` of the kernel).
@@ -118,6 +119,8 @@ pub struct ContainerPlan {
     pub key: ProcessKey,
     /// Its spec, already translated for the guest.
     pub spec: Arc<Spec>,
+    /// Its pid namespace, another container's by the pid of its init.
+    pub pids: PidNamespace<u32>,
     /// Its root file system.
     pub rootfs: RootfsPlan,
     /// Its init's streams.
@@ -284,6 +287,7 @@ impl ContainerPlan {
         let spec: Spec = serde_json::from_slice(&request.spec_json)
             .map_err(|error| Error::bad("spec_json", format!("is no OCI runtime spec: {error}")))?;
         oci_process::check_spec(&spec)?;
+        let pids = PidNamespace::parse(&spec)?;
         let stdio = StdioPlan::parse(request.stdio.into_option())?;
         same_terminal(spec.process().as_ref(), stdio)?;
         let rootfs = match request.rootfs {
@@ -340,6 +344,7 @@ impl ContainerPlan {
                 generation: Generation(request.generation),
             },
             spec: Arc::new(spec),
+            pids,
             rootfs,
             stdio,
             copied,

@@ -15,6 +15,7 @@ use oci_process::Streams;
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 
 use crate::Error;
+use crate::pid_namespace::PidNamespace;
 use crate::plan::{ContainerPlan, SandboxPlan};
 use crate::volume_plan::PutPlan;
 
@@ -135,6 +136,8 @@ pub enum Job<'a> {
         container: &'a ContainerId,
         /// Its spec.
         spec: &'a Spec,
+        /// Its pid namespace, another container's by the pidfd of its init.
+        pids: PidNamespace<&'a OwnedFd>,
     },
     /// A further process.
     Exec {

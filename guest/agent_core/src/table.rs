@@ -307,13 +307,12 @@ impl<G> ProcessTable<G> {
         };
         container.phase = Phase::Ended;
         container.init.exit = Some(exit);
-        if container.execs.is_empty() {
-            self.release_init(id)
-        } else {
-            Consequences {
-                exits: Vec::new(),
-                end_rest: Some(id.clone()),
-            }
+        // The kernel ends what is left in a pid namespace of the container's own.
+        let others = oci_process::shared_pid_namespace(&container.spec).is_some();
+        let end_rest = (others || !container.execs.is_empty()).then(|| id.clone());
+        Consequences {
+            end_rest,
+            ..self.release_init(id)
         }
     }
 
@@ -345,6 +344,18 @@ impl<G> ProcessTable<G> {
     /// The container that a live process belongs to.
     pub fn container_of(&self, pid: u32) -> Option<&ContainerId> {
         self.by_pid.get(&pid).map(|key| &key.container)
+    }
+
+    /// The pidfd of a container's init, by its pid.
+    ///
+    /// # Errors
+    /// [`Error::BadRequest`] if no container's init has it.
+    pub fn init(&self, pid: u32) -> Result<Arc<OwnedFd>, Error> {
+        let known = self.by_pid.get(&pid).filter(|key| key.exec.is_none());
+        known.and_then(|key| self.handle(key).ok()).ok_or_else(|| {
+            let problem = format!("no container's init has the pid {pid}: it may have ended");
+            Error::bad("linux.namespaces[pid].path", problem)
+        })
     }
 
     /// The pidfd of a live process.
@@ -526,6 +537,34 @@ mod tests {
             .iter()
             .map(|exit| (exit.key.exec.as_ref().map(ExecId::as_str), of(exit).1))
             .collect()
+    }
+
+    #[test]
+    fn rest_of_a_container_that_shares_its_pid_namespace_is_ended_before_its_exit_is_told() {
+        let spec: Spec = serde_json::from_str(
+            r#"{"ociVersion":"1.1.0","linux":{"namespaces":[{"type":"pid","path":"/x"}]}}"#,
+        )
+        .unwrap();
+        let mut table = ProcessTable::<()>::default();
+        table.reserve_container(&key(None), Arc::new(spec)).unwrap();
+        table.register(&key(None), 10, handle());
+        table.created(&key(None).container, (), ProcessIo::default());
+        let ended = table.ended(10, 3, 0);
+        assert_eq!(exits(&ended), [(None, 3)]);
+        assert_eq!(ended.end_rest, Some(key(None).container));
+    }
+
+    #[test]
+    fn init_is_found_by_its_pid_while_it_lives_and_an_exec_is_not() {
+        let mut table = running();
+        exec(&mut table, "a", 11);
+        table.init(10).unwrap();
+        for pid in [11, 12] {
+            let error = table.init(pid).unwrap_err().to_string();
+            assert!(error.contains(&pid.to_string()), "{error}");
+        }
+        table.ended(10, 0, 0);
+        table.init(10).unwrap_err();
     }
 
     #[test]

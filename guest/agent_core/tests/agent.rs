@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use agent_core::{
     Agent, Cgroups, Code, ContainerPlan, Error, ExecPlan, FileEnd, Files, Gate, Job, Launched,
-    PutPlan, RootfsPlan, SandboxPlan, StdioPlan, System,
+    PidNamespace, PutPlan, RootfsPlan, SandboxPlan, StdioPlan, System,
 };
 use agent_proto::{ProcessKey, api};
 use ids::{ContainerId, Generation};
@@ -161,6 +161,7 @@ fn plan(id: &str) -> ContainerPlan {
             generation: Generation(1),
         },
         spec: Arc::default(),
+        pids: PidNamespace::Own,
         rootfs: RootfsPlan::Layered(Vec::new()),
         stdio: StdioPlan::default(),
         copied: Vec::new(),

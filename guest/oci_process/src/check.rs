@@ -9,6 +9,7 @@
 //! | `root.readonly`, `mounts`, `linux.devices`, `maskedPaths`, `readonlyPaths`, `rootfsPropagation` | [`crate::rootfs`] |
 //! | `linux.namespaces`, `hostname`, `domainname`, `linux.sysctl`, `linux.seccomp`, `linux.personality`, `hooks` | [`crate::child`] |
 //! | `linux.resources` | the agent's cgroups, which refuse what cgroup v2 cannot do |
+//! | the path of a pid namespace | whoever calls [`crate::launch_init`] with a process that is in it |
 //! | `linux.cgroupsPath` | not looked at: the agent names its cgroups after the container |
 //! | `annotations`, `ociVersion` | carry no request |
 
@@ -82,10 +83,11 @@ fn check_linux(spec: &Spec) -> Result<(), Error> {
     for namespace in linux.namespaces().as_deref().unwrap_or_default() {
         let name = namespace.typ().to_string();
         refuse(
-            namespace
-                .path()
-                .as_ref()
-                .is_some_and(|path| !path.as_os_str().is_empty()),
+            namespace.typ() != LinuxNamespaceType::Pid
+                && namespace
+                    .path()
+                    .as_ref()
+                    .is_some_and(|path| !path.as_os_str().is_empty()),
             &format!("linux.namespaces[{name}].path"),
             "a path on the node means nothing in the guest; namespaces shared by the pod are left out of the spec",
         )?;

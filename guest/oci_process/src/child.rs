@@ -28,8 +28,8 @@ use crate::rootfs;
 use crate::sys::{self, Cloned, clone_sibling};
 use crate::terminal::open_terminal;
 
-/// What the agent asks of the helper. With it come, in this order: for an exec the pidfd of the container's init, then the
-/// streams that [`Request::streams`] says are there.
+/// What the agent asks of the helper. With it come, in this order: for an exec the pidfd of the container's init, for an init
+/// that joins a pid namespace that of a process in it, then the streams that [`Request::streams`] says are there.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Request {
     pub(crate) kind: Kind,
@@ -105,7 +105,16 @@ fn serve(channel: &Channel) -> Result<(), Error> {
             .unwrap_or(0),
     )?;
     let (flags, init) = match &request.kind {
-        Kind::Init { spec, .. } => (new_namespaces(spec), None),
+        Kind::Init { spec, .. } => {
+            if shared_pid_namespace(spec).is_some() {
+                let process = descriptors
+                    .next()
+                    .ok_or(Error::Protocol("the pid namespace's process"))?;
+                // It is the clone's to be in, not the helper's.
+                join_namespaces(&process, &[LinuxNamespaceType::Pid])?;
+            }
+            (new_namespaces(spec), None)
+        }
         Kind::Exec { namespaces, .. } => {
             let init = descriptors
                 .next()
@@ -247,12 +256,27 @@ fn has(linux: Option<&Linux>, kind: LinuxNamespaceType) -> bool {
         .is_some_and(|list| list.iter().any(|namespace| namespace.typ() == kind))
 }
 
+/// The path of the spec's pid namespace, if the namespace is another's.
+pub fn shared_pid_namespace(spec: &Spec) -> Option<&Path> {
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    namespaces
+        .iter()
+        .find(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
+        .and_then(|namespace| namespace.path().as_deref())
+        .filter(|path| !path.as_os_str().is_empty())
+}
+
 /// The `CLONE_NEW*` flags of a spec. The cgroup namespace is not among them: clone3 would root it at the helper's cgroup.
 fn new_namespaces(spec: &Spec) -> libc::c_int {
     let linux = spec.linux().as_ref();
+    let own_pids = if shared_pid_namespace(spec).is_none() {
+        libc::CLONE_NEWPID
+    } else {
+        0
+    };
     [
         (LinuxNamespaceType::Mount, libc::CLONE_NEWNS),
-        (LinuxNamespaceType::Pid, libc::CLONE_NEWPID),
+        (LinuxNamespaceType::Pid, own_pids),
         (LinuxNamespaceType::Uts, libc::CLONE_NEWUTS),
         (LinuxNamespaceType::Ipc, libc::CLONE_NEWIPC),
         (LinuxNamespaceType::Network, libc::CLONE_NEWNET),
@@ -478,5 +502,10 @@ mod tests {
             new_namespaces(&spec),
             libc::CLONE_NEWNS | libc::CLONE_NEWPID
         );
+        let spec: Spec = serde_json::from_str(
+            r#"{"ociVersion": "1.1.0", "linux": {"namespaces": [{"type": "mount"}, {"type": "pid", "path": "/x"}]}}"#,
+        )
+        .unwrap();
+        assert_eq!(new_namespaces(&spec), libc::CLONE_NEWNS);
     }
 }

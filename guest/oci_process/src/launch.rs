@@ -19,7 +19,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::channel::{Channel, Message, PROCEED, START, Tag};
-use crate::child::{Kind, Request};
+use crate::child::{Kind, Request, shared_pid_namespace};
 use crate::error::Context as _;
 use crate::{Error, check};
 
@@ -62,18 +62,31 @@ pub struct Ready {
     channel: Channel,
 }
 
-/// Makes the init of a container with the id `id`, whose root file system is mounted at `rootfs`.
+/// Makes the init of a container with the id `id`, whose root file system is mounted at `rootfs`. A spec whose pid namespace
+/// has a path goes with the pidfd of a process in that namespace, which the init joins.
 ///
 /// # Errors
 /// [`Error`]; nothing is left of the process.
-pub fn launch_init(job: Job<'_>, id: &str, spec: &Spec, rootfs: &Path) -> Result<Launched, Error> {
+pub fn launch_init(
+    job: Job<'_>,
+    id: &str,
+    spec: &Spec,
+    rootfs: &Path,
+    shares_pids_with: Option<OwnedFd>,
+) -> Result<Launched, Error> {
     check::check_spec(spec)?;
+    if shared_pid_namespace(spec).is_some() != shares_pids_with.is_some() {
+        return Err(Error::invalid(
+            "linux.namespaces[pid].path",
+            "is for a namespace of the pod, which is not known here",
+        ));
+    }
     let kind = Kind::Init {
         id: id.to_owned(),
         spec: spec.clone(),
         rootfs: rootfs.to_owned(),
     };
-    launch(job, kind, None)
+    launch(job, kind, shares_pids_with)
 }
 
 /// Makes a further process in the container that `spec` describes and whose init is `init`.
@@ -119,7 +132,7 @@ pub fn launch_exec(
     )
 }
 
-fn launch(job: Job<'_>, kind: Kind, init: Option<OwnedFd>) -> Result<Launched, Error> {
+fn launch(job: Job<'_>, kind: Kind, joined: Option<OwnedFd>) -> Result<Launched, Error> {
     let streams = job.streams;
     let request = Request {
         kind,
@@ -144,7 +157,7 @@ fn launch(job: Job<'_>, kind: Kind, init: Option<OwnedFd>) -> Result<Launched, E
             .step(|| format!("starting {}", program.display()))?,
     );
     let channel = Channel::new(ours.into());
-    let descriptors: Vec<OwnedFd> = init
+    let descriptors: Vec<OwnedFd> = joined
         .into_iter()
         .chain(streams.stdin)
         .chain(streams.stdout)

@@ -17,6 +17,7 @@ mod child;
 mod error;
 mod hooks;
 mod launch;
+mod pause;
 mod process;
 mod rootfs;
 mod seccomp;
@@ -24,7 +25,11 @@ mod sys;
 mod terminal;
 
 pub use check::{MAX_MOUNTS, MAX_STRINGS, MAX_STRINGS_LEN, check_process, check_spec};
-pub use child::{helper_main, write_sysctl};
+pub use child::{helper_main, shared_pid_namespace, write_sysctl};
 pub use error::Error;
 pub use launch::{Job, Launched, Ready, Streams, launch_exec, launch_init};
+pub use pause::pause_main;
 pub use sys::loopback_up;
+
+/// The only argument of a program that is to be [`pause_main`], its own name.
+pub const PAUSE: &str = "/pause";

@@ -2,6 +2,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! The spec's seccomp profile as a filter of the calling process.
+//!
+//! A profile cannot name system calls that are newer than itself, and programs take only `ENOSYS` for a kernel that does not
+//! have a call yet. So, as with runc, calls above the highest number that the profile names are answered so, unless its
+//! default allows them.
+
+use std::io::{Read as _, Seek as _};
 
 use libseccomp::{
     ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall,
@@ -11,53 +17,155 @@ use oci_spec::runtime::{
     LinuxSeccompOperator, LinuxSyscall,
 };
 
+use rustix::fs::{MemfdFlags, memfd_create};
+
 use crate::Error;
+use crate::error::Context as _;
+use crate::sys;
+
+/// `BPF_MAXINSNS` of the kernel.
+const MAX_INSTRUCTIONS: usize = 4096;
+
+/// `AUDIT_ARCH_X86_64` of linux/audit.h.
+const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+
+/// `__X32_SYSCALL_BIT`: the numbers of x32 begin here.
+const X32_NUMBERS: u32 = 0x4000_0000;
 
 /// A compiled profile, not yet in force.
-pub(crate) struct Filter(ScmpFilterContext);
+pub(crate) struct Filter {
+    program: Vec<libc::sock_filter>,
+    /// `SECCOMP_FILTER_FLAG_*`.
+    flags: libc::c_ulong,
+}
 
 impl Filter {
     /// Compiles `profile`. Names of system calls that libseccomp does not know are left out, as runc does: a profile lists
     /// calls of many kernels, and a call left out gets the default action.
     ///
     /// # Errors
-    /// [`Error::Seccomp`] for an architecture or action that libseccomp does not take, [`Error::Invalid`] for a bad argument.
+    /// [`Error::Seccomp`] for an architecture or action that libseccomp does not take, [`Error::Invalid`] for a bad argument
+    /// or a profile that is too long for the kernel.
     pub(crate) fn compile(profile: &LinuxSeccomp) -> Result<Self, Error> {
         let default = action(profile.default_action(), profile.default_errno_ret())?;
         let mut filter = ScmpFilterContext::new(default).map_err(failed("starting a filter"))?;
-        // no_new_privs is the spec's decision alone.
-        filter
-            .set_ctl_nnp(false)
-            .map_err(failed("leaving no_new_privs alone"))?;
         for arch in profile.architectures().iter().flatten() {
             filter
                 .add_arch(architecture(*arch)?)
                 .map_err(failed(&format!("adding {arch:?}")))?;
         }
-        for flag in profile.flags().iter().flatten() {
-            let set = match flag {
-                LinuxSeccompFilterFlag::SeccompFilterFlagLog => filter.set_ctl_log(true),
-                LinuxSeccompFilterFlag::SeccompFilterFlagTsync => filter.set_ctl_tsync(true),
-                LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => filter.set_ctl_ssb(true),
-                LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => {
-                    filter.set_ctl_waitkill(true)
-                }
-            };
-            set.map_err(failed(&format!("setting {flag:?}")))?;
-        }
-        for rule in profile.syscalls().iter().flatten() {
+        let rules = profile.syscalls().as_deref().unwrap_or_default();
+        for rule in rules {
             add_rule(&mut filter, rule, default)?;
         }
-        Ok(Self(filter))
+        let mut program = match newest(rules) {
+            Some(newest) if !is_permissive(default) => answer_newer(newest),
+            _ => Vec::new(),
+        };
+        program.extend(export(&filter)?);
+        if program.len() > MAX_INSTRUCTIONS {
+            return Err(Error::invalid(
+                "linux.seccomp",
+                format!(
+                    "is a filter of {} instructions, the kernel takes {MAX_INSTRUCTIONS}",
+                    program.len()
+                ),
+            ));
+        }
+        let flags = profile.flags().iter().flatten();
+        Ok(Self {
+            program,
+            flags: flags.fold(0, |all, flag| all | flag_bit(*flag)),
+        })
     }
 
     /// Puts the filter in force for the calling process, for good.
     ///
     /// # Errors
-    /// [`Error::Seccomp`]; without no_new_privs the process needs `CAP_SYS_ADMIN`.
+    /// [`Error::Step`]; without no_new_privs the process needs `CAP_SYS_ADMIN`.
     pub(crate) fn load(self) -> Result<(), Error> {
-        self.0.load().map_err(failed("loading the seccomp filter"))
+        sys::load_seccomp(&self.program, self.flags)
+            .step(|| "loading the seccomp filter".to_owned())
     }
+}
+
+/// A process has one thread when its filter is loaded, and nobody is notified: two of the flags have nothing to do.
+fn flag_bit(flag: LinuxSeccompFilterFlag) -> libc::c_ulong {
+    match flag {
+        LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
+        LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
+        LinuxSeccompFilterFlag::SeccompFilterFlagTsync
+        | LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
+    }
+}
+
+/// Whether calls that no rule is about get through, to the kernel or to a tracer.
+fn is_permissive(action: ScmpAction) -> bool {
+    matches!(
+        action,
+        ScmpAction::Allow | ScmpAction::Log | ScmpAction::Trace(_)
+    )
+}
+
+/// The highest number of the calls that the rules name.
+fn newest(rules: &[LinuxSyscall]) -> Option<u32> {
+    let names = rules.iter().flat_map(|rule| rule.names());
+    names
+        .filter_map(|name| ScmpSyscall::from_name(name).ok())
+        // libseccomp has negative numbers for calls of other architectures.
+        .filter_map(|call| u32::try_from(call.as_raw_syscall()).ok())
+        .max()
+}
+
+/// Instructions in front of a filter: a call of the native architecture with a number above `newest` is not implemented.
+fn answer_newer(newest: u32) -> Vec<libc::sock_filter> {
+    const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
+    const NUMBER_OFFSET: u32 = 0;
+    const ARCH_OFFSET: u32 = 4;
+    let jump = |condition: u32| libc::BPF_JMP | condition | libc::BPF_K;
+    let not_implemented = libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs();
+    // The operands of a jump are how many instructions are left out if it holds, and if not.
+    [
+        (LOAD, 0, 0, ARCH_OFFSET),
+        (jump(libc::BPF_JEQ), 0, 4, AUDIT_ARCH_X86_64),
+        (LOAD, 0, 0, NUMBER_OFFSET),
+        (jump(libc::BPF_JGE), 2, 0, X32_NUMBERS),
+        (jump(libc::BPF_JGT), 0, 1, newest),
+        (RETURN, 0, 0, not_implemented),
+    ]
+    .into_iter()
+    .map(|(code, jt, jf, k)| libc::sock_filter {
+        code: u16::try_from(code).unwrap_or(u16::MAX),
+        jt,
+        jf,
+        k,
+    })
+    .collect()
+}
+
+/// The filter as the kernel takes it: `struct sock_filter` after `struct sock_filter`.
+fn export(filter: &ScmpFilterContext) -> Result<Vec<libc::sock_filter>, Error> {
+    let step = || "writing the seccomp filter".to_owned();
+    let file = memfd_create("seccomp", MemfdFlags::CLOEXEC).step(step)?;
+    filter
+        .export_bpf(&file)
+        .map_err(failed("writing the seccomp filter"))?;
+    let mut file = std::fs::File::from(file);
+    let mut bytes = Vec::new();
+    file.rewind()
+        .and_then(|()| file.read_to_end(&mut bytes))
+        .step(step)?;
+    let (instructions, _) = bytes.as_chunks::<8>();
+    Ok(instructions
+        .iter()
+        .map(|[code0, code1, jt, jf, k @ ..]| libc::sock_filter {
+            code: u16::from_ne_bytes([*code0, *code1]),
+            jt: *jt,
+            jf: *jf,
+            k: u32::from_ne_bytes(*k),
+        })
+        .collect())
 }
 
 fn failed(step: &str) -> impl FnOnce(libseccomp::error::SeccompError) -> Error {
@@ -199,10 +307,44 @@ mod tests {
                    "args": [{"index": 0, "value": 0, "op": "SCMP_CMP_EQ"}, {"index": 0, "value": 8, "op": "SCMP_CMP_EQ"}]}
                 ]}"#,
         );
-        let filter = Filter::compile(&profile).unwrap();
-        let mut program = tempfile::tempfile().unwrap();
-        filter.0.export_bpf(&mut program).unwrap();
-        assert!(program.metadata().unwrap().len() > 0);
+        assert!(Filter::compile(&profile).unwrap().program.len() > 20);
+    }
+
+    /// Loads a filter that knows no call newer than `newest`, for a thread, and makes two calls.
+    fn answers(default: &str) -> [Option<i32>; 2] {
+        let profile = profile(&format!(
+            r#"{{"defaultAction": "{default}", "syscalls": [
+                {{"names": ["write", "read", "close", "futex", "exit", "munmap", "mmap", "madvise", "mprotect", "brk",
+                           "rt_sigprocmask", "rt_sigaction", "sigaltstack", "set_robust_list", "rseq", "prctl", "getrandom",
+                           "gettid", "sched_yield", "sched_getaffinity", "close_range"], "action": "SCMP_ACT_ALLOW"}},
+                {{"names": ["getpid"], "action": "SCMP_ACT_ERRNO", "errnoRet": 5}}]}}"#
+        ));
+        let calls = || {
+            rustix::thread::set_no_new_privs(true).unwrap();
+            Filter::compile(&profile).unwrap().load().unwrap();
+            [1000, libc::SYS_getpid].map(|number| sys::call(number).unwrap_err().raw_os_error())
+        };
+        std::thread::scope(|scope| scope.spawn(calls).join().unwrap())
+    }
+
+    #[test]
+    fn call_newer_than_the_profile_is_not_implemented() {
+        assert_eq!(answers("SCMP_ACT_ERRNO"), [Some(libc::ENOSYS), Some(5)]);
+    }
+
+    #[test]
+    fn default_that_allows_leaves_newer_calls_to_the_kernel() {
+        let rule = |default: &str| {
+            let text = format!(
+                r#"{{"defaultAction": "{default}", "syscalls": [{{"names": ["read"], "action": "SCMP_ACT_KILL"}}]}}"#
+            );
+            let program = Filter::compile(&profile(&text)).unwrap().program;
+            program
+                .iter()
+                .any(|one| one.k == libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs())
+        };
+        assert!(!rule("SCMP_ACT_ALLOW") && !rule("SCMP_ACT_LOG"));
+        assert!(rule("SCMP_ACT_ERRNO") && rule("SCMP_ACT_KILL_PROCESS"));
     }
 
     #[test]

@@ -209,6 +209,36 @@ pub fn loopback_up() -> io::Result<()> {
     check(result.into())
 }
 
+/// Puts a seccomp filter in force for the calling thread, for good.
+///
+/// # Errors
+/// Those of `seccomp(2)`.
+pub(crate) fn load_seccomp(program: &[libc::sock_filter], flags: libc::c_ulong) -> io::Result<()> {
+    let program = libc::sock_fprog {
+        len: u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+        filter: program.as_ptr().cast_mut(),
+    };
+    // SAFETY: the kernel reads `len` instructions at `filter` and writes none; both live over the call.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            flags,
+            &raw const program,
+        )
+    })
+}
+
+/// Makes a system call without arguments.
+///
+/// # Errors
+/// The call's.
+#[cfg(test)]
+pub(crate) fn call(number: libc::c_long) -> io::Result<()> {
+    // SAFETY: the tests make calls that do not exist or that a filter answers.
+    check(unsafe { libc::syscall(number) })
+}
+
 fn check(result: libc::c_long) -> io::Result<()> {
     if result < 0 {
         Err(io::Error::last_os_error())

@@ -17,11 +17,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use oci_process::{Job, Launched, Streams, launch_exec, launch_init};
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use serde_json::{Value, json};
 
 fn main() -> ExitCode {
+    if std::env::args().next().as_deref() == Some(oci_process::PAUSE) {
+        return oci_process::pause_main();
+    }
     if std::env::args().nth(1).as_deref() == Some("helper") {
         return oci_process::helper_main();
     }
@@ -74,6 +77,10 @@ const TESTS: &[(&str, Test)] = &[
         "debugging_shell_sees_all_of_the_machine",
         debugging_shell_sees_all_of_the_machine,
     ),
+    (
+        "pid_namespace_is_shared_and_its_orphans_are_reaped",
+        pid_namespace_is_shared_and_its_orphans_are_reaped,
+    ),
     ("terminal_is_handed_over", terminal_is_handed_over),
     ("masked_paths_are_empty", masked_paths_are_empty),
     (
@@ -99,7 +106,7 @@ impl Bed {
         std::fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
         for tool in [
             "sh", "cat", "echo", "id", "ls", "mkdir", "touch", "sleep", "stat", "tty", "grep",
-            "hostname", "stty",
+            "hostname", "stty", "kill",
         ] {
             std::os::unix::fs::symlink("busybox", root.join("bin").join(tool)).unwrap();
         }
@@ -133,6 +140,14 @@ impl Bed {
     }
 
     fn launch(&self, spec: &Spec) -> (Result<Launched, oci_process::Error>, std::fs::File) {
+        self.launch_with(spec, None)
+    }
+
+    fn launch_with(
+        &self,
+        spec: &Spec,
+        shares_pids_with: Option<OwnedFd>,
+    ) -> (Result<Launched, oci_process::Error>, std::fs::File) {
         let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         let errors = writer.try_clone().unwrap();
         let streams = Streams {
@@ -141,14 +156,24 @@ impl Bed {
             ..Streams::default()
         };
         (
-            launch_init(self.job(streams), "test", spec, &self.root()),
+            launch_init(
+                self.job(streams),
+                "test",
+                spec,
+                &self.root(),
+                shares_pids_with,
+            ),
             reader.into(),
         )
     }
 
     /// Runs a container to its end: exit code and output.
     fn run(&self, change: Value) -> (i32, String) {
-        let (launched, mut output) = self.launch(&spec(change));
+        self.run_with(&spec(change), None)
+    }
+
+    fn run_with(&self, spec: &Spec, shares_pids_with: Option<OwnedFd>) -> (i32, String) {
+        let (launched, mut output) = self.launch_with(spec, shares_pids_with);
         let launched = launched.unwrap();
         let pid = launched.pid();
         let (ready, _) = launched
@@ -511,6 +536,62 @@ fn exec_joins_the_container(bed: &Bed) {
     );
 }
 
+fn pid_namespace_is_shared_and_its_orphans_are_reaped(bed: &Bed) {
+    let program = bed.root().join("pause");
+    std::fs::copy("/proc/self/exe", &program).unwrap();
+    // The test's program is not static.
+    let libraries = json!([
+        {"destination": "/lib", "type": "bind", "source": "/usr/lib", "options": ["rbind", "ro"]},
+        {"destination": "/lib64", "type": "bind", "source": "/usr/lib64", "options": ["rbind", "ro"]}
+    ]);
+    let change = json!({
+        "process": {"args": [oci_process::PAUSE], "user": {"uid": 65535, "gid": 65535}, "noNewPrivileges": true},
+        "mounts": libraries
+    });
+    let (launched, _output) = bed.launch(&spec(change));
+    let launched = launched.unwrap();
+    let _pause = Ended(launched.pid());
+    let pidfd: OwnedFd = launched.pidfd().try_clone().unwrap();
+    launched.ready().unwrap().0.start().unwrap();
+
+    let sharing = |script: &str| {
+        let mut spec = spec(shell(script));
+        let namespaces = spec.linux_mut().as_mut().unwrap().namespaces_mut();
+        for namespace in namespaces.iter_mut().flatten() {
+            if namespace.typ() == LinuxNamespaceType::Pid {
+                namespace.set_path(Some("/shared".into()));
+            }
+        }
+        spec
+    };
+    let script = "cat /proc/1/cmdline; kill -9 1 2> /tmp/no; [ $$ != 1 ] || echo first
+        orphan=$(sh -c 'sleep 0 > /tmp/orphan & echo $!')
+        for i in $(echo 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20); do
+            [ -d /proc/$orphan ] || exec echo reaped; sleep 0.5
+        done";
+    for _ in 0..2 {
+        let shared = Some(pidfd.try_clone().unwrap());
+        let (code, text) = bed.run_with(&sharing(script), shared);
+        assert_eq!((code, text.as_str()), (0, "/pause\0reaped\n"));
+    }
+
+    let own = spec(json!({}));
+    for (spec, process) in [(&sharing("exit 0"), None), (&own, Some(pidfd))] {
+        let error = bed.launch_with(spec, process).0.unwrap_err().to_string();
+        assert!(error.starts_with("linux.namespaces[pid].path"), "{error}");
+    }
+}
+
+/// A process that is ended with the test, however the test ends.
+struct Ended(Pid);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        rustix::process::kill_process(self.0, rustix::process::Signal::KILL).unwrap();
+        assert_eq!(wait(self.0), 137);
+    }
+}
+
 fn terminal_is_handed_over(bed: &Bed) {
     let spec = spec(
         json!({"process": {"terminal": true, "args": ["sh", "-c", "tty; ls -l /dev/console; cat < /dev/console"]}}),
@@ -523,6 +604,7 @@ fn terminal_is_handed_over(bed: &Bed) {
         "test",
         &spec,
         &bed.root(),
+        None,
     )
     .unwrap();
     let pid = launched.pid();

@@ -14,6 +14,7 @@ use ids::ContainerId;
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::cpuset;
 use crate::Error;
 use crate::error::Context as _;
 
@@ -53,7 +54,9 @@ pub(super) fn make(
     container: &ContainerId,
     resources: Option<&LinuxResources>,
 ) -> Result<(), Error> {
-    let settings = resources.map(settings).transpose()?.unwrap_or_default();
+    let vcpus = vcpus();
+    let settings = resources.map(|resources| settings(resources, vcpus));
+    let settings = settings.transpose()?.unwrap_or_default();
     let directory = directory(container);
     fs::create_dir(&directory).step(|| format!("making the cgroup {}", directory.display()))?;
     settings
@@ -234,14 +237,20 @@ fn limit(value: i64, field: &str) -> Result<String, Error> {
     }
 }
 
-/// The files of cgroup v2 and their values, in the order of writing.
+/// How many vCPUs there are at present.
+pub(super) fn vcpus() -> u32 {
+    let count = std::thread::available_parallelism().map_or(1, usize::from);
+    u32::try_from(count).unwrap_or(u32::MAX)
+}
+
+/// The files of cgroup v2 and their values, in the order of writing, for a guest with `vcpus` vCPUs.
 ///
 /// # Errors
 /// [`Error::Resource`] for what cgroup v2 cannot do.
-pub(super) fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Error> {
+pub(super) fn settings(resources: &LinuxResources, vcpus: u32) -> Result<Vec<Setting>, Error> {
     let mut all = Vec::new();
     if let Some(cpu) = resources.cpu() {
-        cpu_settings(cpu, &mut all)?;
+        cpu_settings(cpu, vcpus, &mut all)?;
     }
     if let Some(memory) = resources.memory() {
         memory_settings(memory, &mut all)?;
@@ -308,7 +317,7 @@ pub(super) fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Error
     Ok(all)
 }
 
-fn cpu_settings(cpu: &LinuxCpu, all: &mut Vec<Setting>) -> Result<(), Error> {
+fn cpu_settings(cpu: &LinuxCpu, vcpus: u32, all: &mut Vec<Setting>) -> Result<(), Error> {
     refuse(
         cpu.realtime_runtime().is_some_and(|value| value != 0)
             || cpu.realtime_period().is_some_and(|value| value != 0),
@@ -342,14 +351,12 @@ fn cpu_settings(cpu: &LinuxCpu, all: &mut Vec<Setting>) -> Result<(), Error> {
     if let Some(idle) = cpu.idle() {
         all.push(setting("cpu.idle", idle, "cpu.idle"));
     }
-    for (value, file, field) in [
-        (cpu.cpus(), "cpuset.cpus", "cpu.cpus"),
-        (cpu.mems(), "cpuset.mems", "cpu.mems"),
-    ] {
-        if let Some(value) = value.as_ref().filter(|value| !value.is_empty()) {
-            all.push(setting(file, value, field));
-        }
+    if let Some(list) = cpu.cpus().as_ref().filter(|list| !list.is_empty()) {
+        let value = cpuset::for_guest(list, vcpus)
+            .map_err(|problem| Error::resource("cpu.cpus", problem))?;
+        all.push(setting("cpuset.cpus", value, "cpu.cpus"));
     }
+    // `cpu.mems` names memory nodes of the host; the guest has one, on which everything is.
     Ok(())
 }
 
@@ -476,7 +483,7 @@ mod tests {
     use super::*;
 
     fn of(json: serde_json::Value) -> Result<Vec<(String, String)>, String> {
-        settings(&serde_json::from_value(json).unwrap())
+        settings(&serde_json::from_value(json).unwrap(), 2)
             .map(|all| all.into_iter().map(|one| (one.file, one.value)).collect())
             .map_err(|error| error.to_string())
     }
@@ -522,6 +529,14 @@ mod tests {
     }
 
     #[test]
+    fn processors_of_the_node_become_vcpus_and_its_memory_nodes_are_left_out() {
+        let all = of(serde_json::json!({"cpu": {"cpus": "5", "mems": "1"}})).unwrap();
+        assert_eq!(all, [pair("cpuset.cpus", "1")]);
+        let all = of(serde_json::json!({"cpu": {"cpus": "", "mems": ""}})).unwrap();
+        assert_eq!(all, []);
+    }
+
+    #[test]
     fn no_limit_is_max() {
         let all = of(serde_json::json!({
             "cpu": {"quota": -1}, "memory": {"limit": -1, "swap": -1}, "pids": {"limit": -1}
@@ -545,6 +560,7 @@ mod tests {
                 serde_json::json!({"cpu": {"realtimeRuntime": 1}}),
                 "cpu.realtimeRuntime",
             ),
+            (serde_json::json!({"cpu": {"cpus": "x"}}), "cpu.cpus"),
             (
                 serde_json::json!({"memory": {"swappiness": 10}}),
                 "memory.swappiness",

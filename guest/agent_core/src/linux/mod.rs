@@ -6,12 +6,14 @@
 pub mod boot;
 mod cgroup;
 mod copied;
+mod cpuset;
 mod device_program;
 mod disk;
 mod host_folders;
 mod huge_pages;
 mod mount;
 pub mod network;
+mod pause;
 mod process;
 mod put;
 pub mod reaper;
@@ -51,6 +53,7 @@ pub struct Linux {
     volumes: volume::Volumes,
     host_folders: host_folders::HostFolders,
     puts: put::Puts,
+    pause: pause::Pause,
     memory: MemoryWatch,
 }
 
@@ -70,6 +73,7 @@ impl Linux {
             volumes: volume::Volumes::default(),
             host_folders: host_folders::HostFolders::default(),
             puts: put::Puts::default(),
+            pause: pause::Pause::default(),
             memory,
         }
     }
@@ -236,7 +240,7 @@ impl System for Linux {
     }
 
     fn launch(&self, job: Job<'_>, streams: Streams) -> Result<Box<dyn Launched>, Error> {
-        process::launch(job, streams)
+        process::launch(job, streams, &self.pause)
     }
 
     fn signal(&self, process: &OwnedFd, signal: u32) -> Result<(), Error> {

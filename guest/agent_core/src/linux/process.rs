@@ -11,11 +11,19 @@ use agent_proto::layout;
 use oci_process::Streams;
 
 use super::cgroup;
+use super::pause::Pause;
 use crate::Error;
+use crate::error::Context as _;
+use crate::pid_namespace::PidNamespace;
 use crate::system::{Gate, Job, Launched};
 
 /// The program's argument that makes it a helper; its `main` looks for it.
 pub const HELPER_ARGUMENT: &str = "container-process";
+
+/// How a helper is run: the agent's own program, whatever file it comes from.
+pub(super) fn helper() -> (&'static Path, &'static str) {
+    (Path::new("/proc/self/exe"), HELPER_ARGUMENT)
+}
 
 struct Waiting {
     launched: oci_process::Launched,
@@ -28,21 +36,36 @@ struct Ready(oci_process::Ready);
 ///
 /// # Errors
 /// [`Error::Process`].
-pub(super) fn launch(job: Job<'_>, streams: Streams) -> Result<Box<dyn Launched>, Error> {
+pub(super) fn launch(
+    job: Job<'_>,
+    streams: Streams,
+    pause: &Pause,
+) -> Result<Box<dyn Launched>, Error> {
     let container = match job {
         Job::Init { container, .. } | Job::Exec { container, .. } => container,
     };
     let how = oci_process::Job {
-        helper: (Path::new("/proc/self/exe"), HELPER_ARGUMENT),
+        helper: helper(),
         cgroup: cgroup::directory(container),
         streams,
     };
     let launched = match job {
-        Job::Init { container, spec } => oci_process::launch_init(
+        Job::Init {
+            container,
+            spec,
+            pids,
+        } => oci_process::launch_init(
             how,
             container.as_str(),
             spec,
             Path::new(&layout::rootfs(container)),
+            match pids {
+                PidNamespace::Own => None,
+                PidNamespace::Pod => Some(pause.process()?),
+                PidNamespace::Of(init) => {
+                    Some(init.try_clone().step(|| "doubling a pidfd".to_owned())?)
+                }
+            },
         )?,
         Job::Exec {
             spec,

@@ -61,7 +61,7 @@ fn thaw(directory: &Path) -> io::Result<()> {
 /// Writes all settings or none: everything is checked that can be before the first, and a failure sets back what went
 /// before it.
 fn update(directory: &Path, resources: &LinuxResources) -> Result<(), Error> {
-    let settings = cgroup::settings(resources)?;
+    let settings = cgroup::settings(resources, cgroup::vcpus())?;
     check_usage(directory, resources)?;
     let before = settings
         .iter()

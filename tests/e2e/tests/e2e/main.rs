@@ -14,6 +14,7 @@ mod host_folders;
 mod isolation;
 mod lifecycle;
 mod network;
+mod pod_security;
 mod resources;
 mod sandbox_api;
 mod software;

@@ -1,0 +1,232 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! The namespaces of a container: which are the pod's own, which are made anew, and which a VM does not have.
+//!
+//! | asked for | what the container gets in the guest |
+//! |---|---|
+//! | network, ipc, uts | the guest's own, which are the pod's |
+//! | pid without a path | a namespace of its own |
+//! | pid, path to the pod's sandbox process | the pod's (`shareProcessNamespace: true`) |
+//! | pid, path to another container's process | that container's (`kubectl debug --target`) |
+//! | mount, cgroup | always namespaces of its own |
+//! | user | refused |
+//! | none, where the field is left out | refused: it would be the node's |
+
+use std::path::Path;
+
+use agent_proto::layout;
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType};
+
+use crate::bundle::Role;
+use crate::error::SpecError;
+
+/// The pids that containerd is told for processes in a guest begin here: `PID_MAX_LIMIT` of 64-bit Linux, which no
+/// process of the host reaches (docs/decisions/0004-pids.md).
+const FIRST_GUEST_PID: u32 = 4_194_304;
+
+/// The namespaces for the guest.
+///
+/// # Errors
+/// [`SpecError::HostNamespace`] or [`SpecError::Unsupported`].
+pub(crate) fn translate(
+    asked: &[LinuxNamespace],
+    role: &Role,
+) -> Result<Vec<LinuxNamespace>, SpecError> {
+    check(asked)?;
+    let mut guest = Vec::new();
+    for namespace in asked {
+        let kind = namespace.typ();
+        let path = namespace
+            .path()
+            .as_deref()
+            .filter(|path| !path.as_os_str().is_empty());
+        match (kind, path, role) {
+            (LinuxNamespaceType::Network | LinuxNamespaceType::Cgroup, _, _)
+            | (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, _, Role::Member(_))
+            | (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, None, _) => {}
+            (LinuxNamespaceType::Pid, Some(path), Role::Member(_)) => {
+                guest.push(shared_pid_namespace(path)?);
+            }
+            (_, Some(path), _) => return Err(refuse_path(kind, path)),
+            (_, None, _) => guest.push(namespace.clone()),
+        }
+    }
+    // A container must not see the guest's cgroups, whatever cgroup version the node has.
+    guest.push(new_namespace(LinuxNamespaceType::Cgroup, None)?);
+    if !has(asked, LinuxNamespaceType::Mount) {
+        guest.push(new_namespace(LinuxNamespaceType::Mount, None)?);
+    }
+    Ok(guest)
+}
+
+/// Refuses a spec that leaves out a namespace, for then it means the host's, and one with a user namespace.
+///
+/// # Errors
+/// [`SpecError::HostNamespace`] or [`SpecError::Unsupported`].
+pub(crate) fn check(asked: &[LinuxNamespace]) -> Result<(), SpecError> {
+    refuse_hosts(asked)?;
+    if has(asked, LinuxNamespaceType::User) {
+        return Err(SpecError::unsupported(
+            "linux.namespaces[user]",
+            "a pod cannot have a user namespace inside its VM, which already separates its root from the node's: leave \
+             out hostUsers: false",
+        ));
+    }
+    Ok(())
+}
+
+fn refuse_hosts(asked: &[LinuxNamespace]) -> Result<(), SpecError> {
+    let pods = [
+        (LinuxNamespaceType::Network, "network", "hostNetwork"),
+        (LinuxNamespaceType::Ipc, "ipc", "hostIPC"),
+        (LinuxNamespaceType::Pid, "pid", "hostPID"),
+    ];
+    match pods.into_iter().find(|(kind, _, _)| !has(asked, *kind)) {
+        Some((_, name, field)) => Err(SpecError::HostNamespace(name, field)),
+        None => Ok(()),
+    }
+}
+
+/// CRI names the namespace by the pid that containerd knows of the sandbox or of the target container.
+fn shared_pid_namespace(path: &Path) -> Result<LinuxNamespace, SpecError> {
+    let pid = path
+        .to_str()
+        .and_then(|path| path.strip_prefix("/proc/")?.strip_suffix("/ns/pid"))
+        .and_then(|pid| pid.parse::<u32>().ok())
+        .ok_or_else(|| refuse_path(LinuxNamespaceType::Pid, path))?;
+    let place = match pid.checked_sub(FIRST_GUEST_PID) {
+        // The sandbox's process on the host stands for the pod; a pod in the host's namespace has been refused before.
+        None => layout::POD_PID_NAMESPACE.to_owned(),
+        Some(guest_pid) => layout::pid_namespace_of(guest_pid),
+    };
+    new_namespace(LinuxNamespaceType::Pid, Some(place))
+}
+
+fn refuse_path(kind: LinuxNamespaceType, path: &Path) -> SpecError {
+    SpecError::unsupported(
+        format!("linux.namespaces[{kind}].path"),
+        format!(
+            "{} is a namespace of the host, which a VM does not have: leave the path out",
+            path.display()
+        ),
+    )
+}
+
+fn has(asked: &[LinuxNamespace], kind: LinuxNamespaceType) -> bool {
+    asked.iter().any(|namespace| namespace.typ() == kind)
+}
+
+fn new_namespace(
+    kind: LinuxNamespaceType,
+    path: Option<String>,
+) -> Result<LinuxNamespace, SpecError> {
+    let mut namespace = LinuxNamespaceBuilder::default()
+        .typ(kind)
+        .build()
+        .map_err(|error| SpecError::unsupported("linux.namespaces", error.to_string()))?;
+    namespace.set_path(path.map(Into::into));
+    Ok(namespace)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(json: &str, role: &Role) -> Result<Vec<(String, Option<String>)>, String> {
+        let asked: Vec<LinuxNamespace> = serde_json::from_str(json).unwrap();
+        let guest = translate(&asked, role).map_err(|error| error.to_string())?;
+        let pair = |namespace: &LinuxNamespace| {
+            let path = namespace.path().as_ref();
+            (
+                namespace.typ().to_string(),
+                path.map(|path| path.display().to_string()),
+            )
+        };
+        Ok(guest.iter().map(pair).collect())
+    }
+
+    fn member() -> Role {
+        Role::Member("pod".parse().unwrap())
+    }
+
+    fn with_pid_path(path: &str) -> String {
+        format!(
+            r#"[{{"type":"pid","path":"{path}"}},{{"type":"ipc","path":"/proc/7/ns/ipc"}},
+                {{"type":"uts","path":"/proc/7/ns/uts"}},{{"type":"network","path":"/proc/7/ns/net"}},{{"type":"mount"}}]"#
+        )
+    }
+
+    #[test]
+    fn path_of_the_sandbox_is_the_pods_pid_namespace() {
+        let guest = of(&with_pid_path("/proc/7/ns/pid"), &member()).unwrap();
+        let place = Some("/run/coffer/pause/ns/pid".to_owned());
+        assert_eq!(guest.first(), Some(&("pid".to_owned(), place)));
+        assert_eq!(guest.len(), 3, "{guest:?}");
+    }
+
+    #[test]
+    fn path_of_a_container_is_its_guest_pids() {
+        let guest = of(&with_pid_path("/proc/4194347/ns/pid"), &member()).unwrap();
+        let place = Some("/proc/43/ns/pid".to_owned());
+        assert_eq!(guest.first(), Some(&("pid".to_owned(), place)));
+    }
+
+    #[test]
+    fn any_other_path_is_refused_with_its_field() {
+        for path in [
+            "/proc/self/ns/pid",
+            "/proc/7/ns/net",
+            "/var/run/pidns",
+            "/proc/-1/ns/pid",
+        ] {
+            let error = of(&with_pid_path(path), &member()).unwrap_err();
+            assert!(
+                error.starts_with("linux.namespaces[pid].path: ") && error.contains(path),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn container_without_a_pod_cannot_join_the_hosts() {
+        let with = |kind: &str| {
+            let path = |of: &str| {
+                if of == kind {
+                    r#","path":"/proc/1/ns/x""#
+                } else {
+                    ""
+                }
+            };
+            let (pid, ipc, uts) = (path("pid"), path("ipc"), path("uts"));
+            format!(
+                r#"[{{"type":"pid"{pid}}},{{"type":"ipc"{ipc}}},{{"type":"uts"{uts}}},{{"type":"network","path":"/run/netns/a"}}]"#
+            )
+        };
+        of(&with("none"), &Role::Standalone).unwrap();
+        for kind in ["pid", "ipc", "uts"] {
+            let error = of(&with(kind), &Role::Standalone).unwrap_err();
+            assert!(
+                error.starts_with(&format!("linux.namespaces[{kind}].path: ")),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn host_namespaces_are_refused_with_the_field_to_change() {
+        for (missing, field) in [
+            ("network", "hostNetwork"),
+            ("ipc", "hostIPC"),
+            ("pid", "hostPID"),
+        ] {
+            let list: Vec<String> = ["network", "ipc", "pid", "mount"]
+                .iter()
+                .filter(|kind| **kind != missing)
+                .map(|kind| format!("{{\"type\":\"{kind}\"}}"))
+                .collect();
+            let error = of(&format!("[{}]", list.join(",")), &member()).unwrap_err();
+            assert!(error.contains(field), "{error}");
+        }
+    }
+}
