@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use ids::{Bytes, ContainerId, SandboxId};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
 use crate::config::Guest;
 use crate::description;
@@ -125,14 +125,45 @@ impl Bundle {
 
     /// Makes the container a member of `sandbox`, a pod that was described without a spec: `files` of the pod's, each a
     /// place in the container and a file of the host, are mounted where the spec mounts nothing.
-    pub fn join(&mut self, sandbox: &SandboxId, files: &[(&str, &std::path::Path)]) {
+    ///
+    /// # Errors
+    /// [`SpecError::Unsupported`].
+    pub fn join(
+        &mut self,
+        sandbox: &SandboxId,
+        files: &[(&str, &std::path::Path)],
+    ) -> Result<(), SpecError> {
         self.role = Role::Member(sandbox.clone());
-        let linux = self.spec.linux().as_ref();
-        let namespaces = linux.and_then(|linux| linux.namespaces().clone());
+        let mut asked = self.asked_namespaces();
         let mounts = self.spec.mounts().clone().unwrap_or_default();
-        let mounts =
-            description::member_mounts(mounts, namespaces.as_deref().unwrap_or_default(), files);
+        let mounts = description::member_mounts(mounts, &asked, files);
         self.spec.set_mounts(Some(mounts));
+        namespaces::of_described_member(&mut asked)?;
+        self.set_namespaces(asked);
+        Ok(())
+    }
+
+    /// Puts the container into the guest's namespaces where it asks for the node's ([`crate::HostNamespaces::Guest`]).
+    ///
+    /// # Errors
+    /// [`SpecError::Unsupported`].
+    pub fn use_guest_namespaces(&mut self) -> Result<(), SpecError> {
+        let mut asked = self.asked_namespaces();
+        namespaces::of_guest(&mut asked, &self.role)?;
+        self.set_namespaces(asked);
+        Ok(())
+    }
+
+    fn asked_namespaces(&self) -> Vec<LinuxNamespace> {
+        let linux = self.spec.linux().as_ref();
+        let asked = linux.and_then(|linux| linux.namespaces().clone());
+        asked.unwrap_or_default()
+    }
+
+    fn set_namespaces(&mut self, namespaces: Vec<LinuxNamespace>) {
+        if let Some(linux) = self.spec.linux_mut() {
+            linux.set_namespaces(Some(namespaces));
+        }
     }
 
     /// Whether there is a container in it: the bundle of a pod that is described later may have a spec without one.

@@ -9,8 +9,9 @@ use std::path::Path;
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Mount};
 
 use crate::bundle::PodSpec;
-use crate::config::Guest;
+use crate::config::{Guest, HostNamespaces};
 use crate::error::SpecError;
+use crate::refusals;
 use crate::sizing::Limits;
 
 /// Where a container finds the pod's shared memory.
@@ -33,19 +34,27 @@ pub struct PodDescription {
     pub host_network: bool,
     /// It wants the host's IPC namespace.
     pub host_ipc: bool,
+    /// It wants the host's PID namespace.
+    pub host_pid: bool,
 }
 
 impl PodDescription {
     /// The VM of the pod.
     ///
     /// # Errors
-    /// [`SpecError::HostNamespace`] or [`SpecError::TooLarge`].
+    /// [`SpecError::HostNamespace`], [`SpecError::Unsupported`] or [`SpecError::TooLarge`].
     pub fn pod(&self, guest: &Guest) -> Result<PodSpec, SpecError> {
-        if self.host_network {
-            return Err(SpecError::HostNamespace("network", "hostNetwork"));
+        let refused = guest.host_namespaces == HostNamespaces::Refused;
+        let hosts = [
+            (self.host_network, "network", "hostNetwork"),
+            (self.host_ipc && refused, "ipc", "hostIPC"),
+            (self.host_pid && refused, "pid", "hostPID"),
+        ];
+        if let Some((_, name, field)) = hosts.into_iter().find(|(wanted, _, _)| *wanted) {
+            return Err(SpecError::HostNamespace(name, field));
         }
-        if self.host_ipc {
-            return Err(SpecError::HostNamespace("ipc", "hostIPC"));
+        for key in self.sysctls.keys() {
+            refusals::check_sysctl(key)?;
         }
         let limits = Limits::of_pod(self.cpu_quota, self.cpu_period, self.memory);
         Ok(PodSpec {
@@ -126,17 +135,31 @@ mod tests {
     }
 
     #[test]
+    fn sysctl_of_the_whole_machine_is_refused() {
+        let mut description = PodDescription::default();
+        description
+            .sysctls
+            .insert("vm.swappiness".to_owned(), "1".to_owned());
+        let error = description.pod(&guest()).unwrap_err().to_string();
+        assert!(error.contains("vm.swappiness"), "{error}");
+    }
+
+    #[test]
     fn namespaces_of_the_host_are_refused_by_name() {
-        for (host_network, host_ipc, field) in
-            [(true, false, "hostNetwork"), (false, true, "hostIPC")]
-        {
+        for field in ["hostNetwork", "hostIPC", "hostPID"] {
             let description = PodDescription {
-                host_network,
-                host_ipc,
+                host_network: field == "hostNetwork",
+                host_ipc: field == "hostIPC",
+                host_pid: field == "hostPID",
                 ..PodDescription::default()
             };
             let error = description.pod(&guest()).unwrap_err().to_string();
             assert!(error.contains(field), "{error}");
+            let guests = Guest {
+                host_namespaces: HostNamespaces::Guest,
+                ..guest()
+            };
+            assert_eq!(description.pod(&guests).is_err(), field == "hostNetwork");
         }
     }
 
@@ -153,7 +176,7 @@ mod tests {
             ("/etc/hosts", Path::new("/private/hosts")),
             ("/etc/resolv.conf", Path::new("/private/resolv.conf")),
         ];
-        bundle.join(&"pod1".parse().unwrap(), &files);
+        bundle.join(&"pod1".parse().unwrap(), &files).unwrap();
         let spec = bundle
             .container(&"c1".parse().unwrap(), &HostMounts::default())
             .unwrap();

@@ -34,7 +34,8 @@ mod volumes;
 
 pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role, SubPath};
 pub use config::{
-    Debug, FileServer, Guest, Log, LogLevel, MetadataService, Network, RuntimeConfig, Storage, Vmm,
+    Debug, FileServer, Guest, HostNamespaces, Log, LogLevel, MetadataService, Network,
+    RuntimeConfig, Storage, Vmm,
 };
 pub use config_text::{ConfigError, ConfigMistake};
 pub use description::PodDescription;

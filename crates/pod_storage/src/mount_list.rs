@@ -94,7 +94,11 @@ fn named(template: &str) -> Option<Named> {
         _ => return None,
     };
     let downwards = first > last;
-    let range = if downwards { last..=first } else { first..=last };
+    let range = if downwards {
+        last..=first
+    } else {
+        first..=last
+    };
     Some(Named { range, downwards })
 }
 
@@ -131,7 +135,11 @@ mod tests {
 
     #[test]
     fn templates_name_the_images_in_their_order() {
-        for lowerdir in ["{{ mount 1 }}:{{ mount 2 }}", "{{ overlay 1 2 }}", "{{overlay 1 2}}"] {
+        for lowerdir in [
+            "{{ mount 1 }}:{{ mount 2 }}",
+            "{{ overlay 1 2 }}",
+            "{{overlay 1 2}}",
+        ] {
             assert_eq!(found(&three(lowerdir)), ["/top.erofs", "/bottom.erofs"]);
         }
         assert_eq!(

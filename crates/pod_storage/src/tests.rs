@@ -347,12 +347,17 @@ fn images_of_a_snapshotter_are_handed_over_as_they_are() {
         };
         [
             mount("erofs", source, "loop"),
-            mount("format/mkdir/overlay", Path::new("overlay"), "lowerdir={{ mount 0 }}"),
+            mount(
+                "format/mkdir/overlay",
+                Path::new("overlay"),
+                "lowerdir={{ mount 0 }}",
+            ),
         ]
     };
     let rootfs = |id: &str, source: &Path| {
         let id = id.parse().unwrap();
-        node.store.rootfs(&id, &mounts(source), Path::new("/nowhere"))
+        node.store
+            .rootfs(&id, &mounts(source), Path::new("/nowhere"))
     };
     let one = rootfs("c1", &image).unwrap();
     let two = rootfs("c2", &image).unwrap();

@@ -14,7 +14,7 @@ use std::time::SystemTime;
 use agent_proto::{CONTROL_PORT, api};
 use hypervisor::{Disk, VmSpec};
 use ids::{DiskSerial, GuestCid, SandboxId};
-use pod_spec::{Bundle, ContainerSpec, PodSpec, Role, RuntimeConfig, SpecError};
+use pod_spec::{Bundle, ContainerSpec, HostNamespaces, PodSpec, Role, RuntimeConfig, SpecError};
 use pod_storage::{Rootfs, RootfsForm, StorageError, Store, WrittenBack};
 use sandbox::{
     ContainerKind, ContainerPlan, CreateTask, GuestContainer, GuestDisk, GuestRootfs, Host,
@@ -68,7 +68,7 @@ impl NodeHost {
         let guest = &self.config.guest;
         match &self.source {
             PodSource::Bundle(dir) => {
-                let bundle = bundle(dir)?;
+                let bundle = self.bundle(dir)?;
                 let namespace = bundle.network_namespace().map(Path::to_path_buf);
                 Ok((bundle.pod(guest).map_err(spec_error)?, namespace))
             }
@@ -83,8 +83,17 @@ impl NodeHost {
         }
     }
 
+    /// A bundle, with what the node's config says of namespaces.
+    fn bundle(&self, dir: &Path) -> Result<Bundle, SandboxError> {
+        let mut bundle = bundle(dir)?;
+        if self.config.guest.host_namespaces == HostNamespaces::Guest {
+            bundle.use_guest_namespaces().map_err(spec_error)?;
+        }
+        Ok(bundle)
+    }
+
     /// Makes a container a member of a pod that has no spec.
-    fn join(&self, bundle: &mut Bundle, pod: &DescribedPod) {
+    fn join(&self, bundle: &mut Bundle, pod: &DescribedPod) -> Result<(), SandboxError> {
         let places = pod
             .files
             .as_ref()
@@ -93,7 +102,7 @@ impl NodeHost {
             .iter()
             .map(|(place, source)| (*place, source.as_path()))
             .collect();
-        bundle.join(&self.id, &places);
+        bundle.join(&self.id, &places).map_err(spec_error)
     }
 
     /// A container's root file system and the files that are copied into it.
@@ -227,7 +236,7 @@ impl Host for NodeHost {
                 guard: nothing_to_undo(),
             });
         }
-        let mut bundle = bundle(&task.bundle)?;
+        let mut bundle = self.bundle(&task.bundle)?;
         let described = self.described();
         let sandbox = match bundle.role() {
             // The Sandbox API asks for no annotations: a container of this shim is of its pod.
@@ -245,7 +254,7 @@ impl Host for NodeHost {
             ));
         }
         if let Some(pod) = described {
-            self.join(&mut bundle, pod);
+            self.join(&mut bundle, pod)?;
         }
         let kind = match bundle.role() {
             Role::Sandbox => ContainerKind::Sandbox,

@@ -139,6 +139,7 @@ impl DescribedPod {
             memory: resources.memory_limit_in_bytes,
             host_network: namespaces.network == node,
             host_ipc: namespaces.ipc == node,
+            host_pid: namespaces.pid == node,
         };
         Ok(Self {
             description,
@@ -306,8 +307,11 @@ mod tests {
             .mut_or_insert_default();
         options.network = NamespaceMode::NODE.into();
         options.ipc = NamespaceMode::NODE.into();
+        options.pid = NamespaceMode::NODE.into();
         let pod = pod(&config).unwrap();
-        assert!(pod.description.host_network && pod.description.host_ipc);
+        assert!(
+            pod.description.host_network && pod.description.host_ipc && pod.description.host_pid
+        );
     }
 
     #[test]
