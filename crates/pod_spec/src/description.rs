@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use ids::Bytes;
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Mount};
 
 use crate::bundle::PodSpec;
@@ -30,6 +31,8 @@ pub struct PodDescription {
     pub cpu_period: i64,
     /// In bytes; 0 or less is no limit.
     pub memory: i64,
+    /// All of every size, beside the memory.
+    pub huge_pages: Bytes,
     /// It wants the host's network namespace.
     pub host_network: bool,
     /// It wants the host's IPC namespace.
@@ -56,7 +59,12 @@ impl PodDescription {
         for key in self.sysctls.keys() {
             refusals::check_sysctl(key)?;
         }
-        let limits = Limits::of_pod(self.cpu_quota, self.cpu_period, self.memory);
+        let limits = Limits::of_pod(
+            self.cpu_quota,
+            self.cpu_period,
+            self.memory,
+            self.huge_pages,
+        );
         Ok(PodSpec {
             size: limits.vm_size(guest)?,
             hostname: Some(self.hostname.clone()).filter(|name| !name.is_empty()),

@@ -13,7 +13,7 @@ use std::time::SystemTime;
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
-use ids::SandboxId;
+use ids::{Bytes, SandboxId};
 use pod_spec::PodDescription;
 
 use cri::{DnsConfig, NamespaceMode, PodSandboxConfig};
@@ -130,6 +130,7 @@ impl DescribedPod {
             return Err(DescribeError::UserNamespace);
         }
         let resources = linux.resources.unwrap_or_default();
+        let huge_pages = resources.hugepage_limits.iter().map(|pages| pages.limit);
         let node = NamespaceMode::NODE.into();
         let description = PodDescription {
             hostname: config.hostname.clone(),
@@ -137,6 +138,7 @@ impl DescribedPod {
             cpu_quota: resources.cpu_quota,
             cpu_period: resources.cpu_period,
             memory: resources.memory_limit_in_bytes,
+            huge_pages: Bytes(huge_pages.fold(0, u64::saturating_add)),
             host_network: namespaces.network == node,
             host_ipc: namespaces.ipc == node,
             host_pid: namespaces.pid == node,
