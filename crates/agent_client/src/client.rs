@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use agent_proto::{MAX_ANSWER_LEN, NEXT_EVENTS_WAIT, api, hello, stats};
 use protobuf::Message;
@@ -57,6 +57,12 @@ impl Drop for PendingCall<'_> {
     fn drop(&mut self) {
         lock(self.pending).calls.remove(&self.number);
     }
+}
+
+/// The host's wall clock as the agent takes it, in ns since the epoch.
+pub fn wall_clock_ns() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    u64::try_from(now.unwrap_or_default().as_nanos()).unwrap_or_default()
 }
 
 fn lock(pending: &Mutex<Pending>) -> std::sync::MutexGuard<'_, Pending> {
@@ -289,6 +295,7 @@ impl AgentClient {
     pub(crate) async fn next_events(&self, after: u64) -> Result<api::Events, AgentError> {
         let request = api::NextEventsRequest {
             after,
+            wall_clock_ns: wall_clock_ns(),
             ..Default::default()
         };
         let deadline = NEXT_EVENTS_WAIT.saturating_add(self.deadlines.call);

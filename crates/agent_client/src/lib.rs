@@ -7,6 +7,7 @@
 //! guest dials ──AgentClient::handshake──> AgentClient ── calls, each with a deadline
 //!                                          └ EventReader ── long polls, ordered and without gaps
 //! HostStdio::open (containerd's FIFOs) ──connect──> pumps; seen and steered through Streams
+//! ForwardedPorts::serve ── each TCP connection to the pod's loopback becomes a connection to the guest
 //! ```
 //!
 //! The guest is hostile: every answer has a cap before it is decoded, every text of the guest's is cut and made printable,
@@ -16,11 +17,13 @@
 mod client;
 mod error;
 mod events;
+mod forward;
 mod stdio;
 #[cfg(test)]
 mod tests;
 
-pub use client::{AgentClient, CallDeadlines};
+pub use client::{AgentClient, CallDeadlines, wall_clock_ns};
 pub use error::{AgentCode, AgentError};
 pub use events::{AgentEvent, EventReader, parse_events};
+pub use forward::ForwardedPorts;
 pub use stdio::{HostStdio, StdioError, StdioPaths, StreamConnector, Streams, TerminalSize};

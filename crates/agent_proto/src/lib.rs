@@ -3,12 +3,13 @@
 
 //! Versioned messages between the shim and the guest agent, and the stdio stream header.
 //!
-//! Three things cross the border between host and guest:
+//! Three kinds of connections cross the border between host and guest:
 //!
 //! | what | port | opened by | form |
 //! |---|---|---|---|
 //! | control | [`CONTROL_PORT`] | the guest, when it is ready | one [`api::Hello`] frame ([`hello`]), then ttrpc with the guest as server |
 //! | stdio | [`STDIO_PORT`] | the host, one connection a stream | one [`StreamHeader`], then raw bytes |
+//! | forwarded ports | [`FORWARD_PORT`] | the host, one connection a TCP connection | the crate `port_forward` |
 //!
 //! Raw bytes carry no frames, so that each end can splice. How many there are is said on the control connection:
 //! [`api::StreamEnded`] for output, [`api::CloseStdinRequest`] for input. Nobody has to trust a half-close.
@@ -34,6 +35,9 @@ pub const CONTROL_PORT: VsockPort = VsockPort(1024);
 
 /// The guest port on which the agent accepts stdio streams.
 pub const STDIO_PORT: VsockPort = VsockPort(1025);
+
+/// The guest port on which the agent accepts TCP connections for the pod's loopback.
+pub const FORWARD_PORT: VsockPort = VsockPort(1026);
 
 /// How long [`api::NextEventsRequest`] waits for an event before it is answered with none.
 pub const NEXT_EVENTS_WAIT: std::time::Duration = std::time::Duration::from_secs(10);

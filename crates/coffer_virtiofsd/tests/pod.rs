@@ -43,6 +43,7 @@ impl Host for Node {
         Ok(PodPlan {
             vm: fake_spec("pod".parse().unwrap()).unwrap(),
             configure: api::ConfigureSandboxRequest::new(),
+            loopback: None,
             guard: Box::new(()),
         })
     }

@@ -90,6 +90,7 @@ impl EmbeddedDriver {
             console_log: spec.console_log.is_some(),
             networks,
             disks,
+            limits: spec.limits.into(),
             disk_slots: DISK_SLOTS,
             jail: self.options.jail.map(|user| JailConfig {
                 uid: user.uid,

@@ -12,10 +12,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hypervisor::{
-    AttachedDisk, AttachedFileSystem, Disk, DriverError, DriverErrorKind, FileSystem, RunningVm,
-    VmExit, VmProcesses, VmSpec,
+    Adjustable, AttachedDisk, AttachedFileSystem, Disk, DriverError, DriverErrorKind, FileSystem,
+    RunningVm, VmExit, VmProcesses, VmSpec,
 };
-use ids::{DiskSerial, Mib, VsockPort};
+use ids::{DiskSerial, Limits, Mib, VsockPort};
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -186,6 +186,15 @@ fn reason(end: &ProcessEnd, last_words: Option<LastWords>, killed: bool) -> VmEx
             code: -1,
             message: said("it could not be waited for".to_owned()),
         },
+    }
+}
+
+#[async_trait]
+impl Adjustable for EmbeddedVm {
+    async fn set_limits(&self, limits: Limits) -> Result<(), DriverError> {
+        self.call(Request::SetLimits(limits.into()))
+            .await
+            .map(|_| ())
     }
 }
 

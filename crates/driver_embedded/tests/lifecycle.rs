@@ -17,7 +17,7 @@ use hypervisor::{
     Disk, DiskAccess, Driver, DriverError, DriverErrorKind, FileSystem, NetworkInterface,
     RunningVm, VmExit, VmSpec,
 };
-use ids::{GuestCid, Mib, VcpuCount, VsockPort};
+use ids::{GuestCid, Limits, Mib, Rate, VcpuCount, VsockPort};
 use network_testbed::{Namespace, is_root};
 use pod_network::{Metadata, PodNetwork};
 use virtio_testdriver::{honest, run_back_end};
@@ -73,6 +73,7 @@ fn spec(code: &[u8]) -> VmSpec {
         kernel_arguments: Vec::new(),
         networks: Vec::new(),
         disks: Vec::new(),
+        limits: Limits::default(),
         cid: GuestCid::DEFAULT,
         host_ports: vec![VsockPort(1024)],
         console_log: None,
@@ -147,6 +148,20 @@ async fn vm_has_one_file_system_in_a_slot_of_its_own() {
     assert!(dump.contains(r#""device":"fs""#), "{dump}");
     assert_eq!(vm.kill().await, VmExit::Killed);
     let late = vm.attach_file_system(file_system()).await;
+    assert_eq!(late.unwrap_err().kind(), DriverErrorKind::Gone);
+}
+
+#[tokio::test]
+async fn limits_change_while_the_vm_runs() {
+    let mut limited = spec(SPIN);
+    limited.disks = vec![disk("a")];
+    limited.limits.disk.bytes = Rate::new(1 << 20);
+    let vm = launch(limited).await.unwrap();
+    vm.set_limits(Limits::default()).await.unwrap();
+    let dump = vm.dump().await.unwrap();
+    assert!(dump.contains(r#""waits_for_limits""#), "{dump}");
+    vm.kill().await;
+    let late = vm.set_limits(Limits::default()).await;
     assert_eq!(late.unwrap_err().kind(), DriverErrorKind::Gone);
 }
 

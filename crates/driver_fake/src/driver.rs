@@ -11,10 +11,10 @@ use agent_proto::{CONTROL_PORT, PROTOCOL_VERSION, STDIO_PORT, api, hello, servic
 use async_trait::async_trait;
 use futures::StreamExt;
 use hypervisor::{
-    AttachedDisk, AttachedFileSystem, Capabilities, Disk, Driver, DriverError, DriverErrorKind,
-    FileSystem, NetworkInterface, RunningVm, VmExit, VmProcesses, VmSpec,
+    Adjustable, AttachedDisk, AttachedFileSystem, Capabilities, Disk, Driver, DriverError,
+    DriverErrorKind, FileSystem, NetworkInterface, RunningVm, VmExit, VmProcesses, VmSpec,
 };
-use ids::{DiskSerial, VsockPort};
+use ids::{DiskSerial, Limits, VsockPort};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -45,6 +45,7 @@ pub struct FakeVm {
     /// Taps are open as long as the VM lives.
     networks: Mutex<Vec<NetworkInterface>>,
     disks: Mutex<BTreeSet<DiskSerial>>,
+    limits: Mutex<Limits>,
     file_system: Mutex<Option<FileSystem>>,
     console: Mutex<String>,
     relay: Mutex<Option<JoinHandle<()>>>,
@@ -65,6 +66,7 @@ pub fn fake_spec(sandbox: ids::SandboxId) -> io::Result<VmSpec> {
         kernel_arguments: Vec::new(),
         networks: Vec::new(),
         disks: Vec::new(),
+        limits: ids::Limits::default(),
         cid: ids::GuestCid::DEFAULT,
         host_ports: vec![CONTROL_PORT],
         console_log: None,
@@ -119,6 +121,7 @@ impl Driver for FakeDriver {
             dialled: Mutex::default(),
             networks: Mutex::new(spec.networks),
             disks: Mutex::new(disks),
+            limits: Mutex::new(spec.limits),
             file_system: Mutex::default(),
             console: Mutex::new("Linux version 6.12 (fake)\n".to_owned()),
             relay: Mutex::default(),
@@ -204,6 +207,11 @@ impl FakeVm {
         }
     }
 
+    /// What its traffic is held to.
+    pub fn limits(&self) -> Limits {
+        *lock(&self.limits)
+    }
+
     /// The serial numbers of the disks that are attached.
     pub fn disks(&self) -> Vec<String> {
         lock(&self.disks).iter().map(ToString::to_string).collect()
@@ -247,6 +255,15 @@ fn hello_frame(protocol_version: u32) -> io::Result<Vec<u8>> {
         ..Default::default()
     };
     hello::encode(&said).map_err(io::Error::other)
+}
+
+#[async_trait]
+impl Adjustable for FakeVm {
+    async fn set_limits(&self, limits: Limits) -> Result<(), DriverError> {
+        self.alive()?;
+        *lock(&self.limits) = limits;
+        Ok(())
+    }
 }
 
 #[async_trait]

@@ -23,7 +23,7 @@ mod spec;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use ids::{DiskSerial, VsockPort};
+use ids::{DiskSerial, Limits, VsockPort};
 use tokio::net::UnixStream;
 
 pub use error::{DriverError, DriverErrorKind};
@@ -45,10 +45,20 @@ pub trait Driver: Send + Sync {
     async fn launch(&self, spec: VmSpec) -> Result<Arc<dyn RunningVm>, DriverError>;
 }
 
+/// What of a VM can be changed while it runs.
+#[async_trait]
+pub trait Adjustable: Send + Sync {
+    /// Holds the VM's traffic to these limits from now on.
+    ///
+    /// # Errors
+    /// [`DriverErrorKind::Gone`] after its end, [`DriverErrorKind::Timeout`] if the VMM does not answer.
+    async fn set_limits(&self, limits: Limits) -> Result<(), DriverError>;
+}
+
 /// A VM whose vCPUs have been started. All methods may be called at any time, also after the VM's end, when they fail
 /// with [`DriverErrorKind::Gone`].
 #[async_trait]
-pub trait RunningVm: Send + Sync {
+pub trait RunningVm: Adjustable {
     /// The host processes that make up the VM. They are gone once [`RunningVm::wait`] has answered.
     fn processes(&self) -> VmProcesses;
 

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use ids::{DiskSerial, GuestCid, Mib, SandboxId, VcpuCount, VsockPort};
+use ids::{DiskSerial, GuestCid, Limits, Mib, SandboxId, VcpuCount, VsockPort};
 
 /// What a driver needs to start a VM.
 #[derive(Debug)]
@@ -29,6 +29,8 @@ pub struct VmSpec {
     pub networks: Vec<NetworkInterface>,
     /// Disks that are there at boot.
     pub disks: Vec<Disk>,
+    /// What the VM's traffic is held to.
+    pub limits: Limits,
     /// The guest's vsock address.
     pub cid: GuestCid,
     /// The host ports that the guest may dial; every other one is reset.

@@ -9,9 +9,11 @@
 #![forbid(unsafe_code)]
 
 mod identifier;
+mod limits;
 mod units;
 
 pub use identifier::{
     ContainerId, DiskSerial, ExecId, InvalidId, MAX_ID_LEN, Namespace, SandboxId,
 };
+pub use limits::{Limit, Limits, Rate};
 pub use units::{Bytes, Generation, GuestCid, Mib, VcpuCount, VsockPort};

@@ -22,6 +22,7 @@ mod apply;
 mod error;
 mod filter;
 mod interface;
+mod loopback;
 mod namespace;
 mod netlink;
 mod read;
@@ -32,6 +33,7 @@ use std::path::{Path, PathBuf};
 
 pub use error::NetError;
 pub use interface::{Address, Interface, Neighbour, Route, Rule};
+pub use loopback::{LoopbackGuard, LoopbackListener};
 
 /// The most interfaces of a pod.
 pub const MAX_INTERFACES: usize = 8;

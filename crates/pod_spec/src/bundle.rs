@@ -3,7 +3,7 @@
 
 //! A bundle's `config.json`, and what it makes of its container: the pod itself, a member, or one on its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
 use ids::{Bytes, ContainerId, SandboxId};
@@ -276,6 +276,11 @@ impl Bundle {
         host: &HostMounts,
     ) -> Result<ContainerSpec, SpecError> {
         translate::container(self.spec.clone(), id, &self.role, host)
+    }
+
+    /// All of them.
+    pub fn annotations(&self) -> HashMap<String, String> {
+        self.spec.annotations().clone().unwrap_or_default()
     }
 
     fn annotation(&self, key: &str) -> Option<&String> {

@@ -13,6 +13,12 @@ use crate::config_text::{ConfigError, ConfigText};
 /// The largest VM that a config can allow, in MiB (1 TiB).
 const MAX_MEMORY_MIB: u32 = 1 << 20;
 
+/// The most that limits can be: a terabit, a billion, a tebibyte.
+const MAX_MBIT: u64 = 1_000_000;
+const MAX_OPERATIONS: u64 = 1_000_000_000;
+const MAX_DISK_MIB: u64 = 1 << 20;
+const MBIT_BYTES: u64 = 125_000;
+
 /// The smallest VM that boots the guest kernel with its agent and a small container.
 pub(crate) const MIN_VM_MEMORY: Mib = Mib(96);
 
@@ -29,6 +35,8 @@ pub struct RuntimeConfig {
     pub storage: Storage,
     /// `[network]`: what pods may reach.
     pub network: Network,
+    /// `[limits]`: what a pod's traffic is held to.
+    pub limits: Traffic,
     /// `[log]`.
     pub log: Log,
     /// `[debug]`.
@@ -57,7 +65,8 @@ pub struct Guest {
     /// `host_namespaces`: what a container gets that asks for the node's PID or IPC namespace, or, without a pod, for its
     /// network.
     pub host_namespaces: HostNamespaces,
-    /// `ready_timeout_s`: how long the agent may take to report, from the VM's start.
+    /// `ready_timeout_s`: how long the agent may take to report, from the VM's start. More than 60 s are also what it has for
+    /// making a container.
     pub ready_timeout: Duration,
 }
 
@@ -104,6 +113,25 @@ pub struct Storage {
 pub struct Network {
     /// `metadata_service`: whether pods reach the node's cloud metadata service, which gives out the node's credentials.
     pub metadata_service: MetadataService,
+}
+
+/// `[limits]`: what each pod's traffic is held to; zero for no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Traffic {
+    /// `ingress_mbit`: bytes per second to the pod.
+    pub ingress_bytes: u64,
+    /// `egress_mbit`: bytes per second from the pod.
+    pub egress_bytes: u64,
+    /// `ingress_packets`: packets per second to the pod; a segment that is not cut up yet is one.
+    pub ingress_packets: u64,
+    /// `egress_packets`: packets per second from the pod.
+    pub egress_packets: u64,
+    /// `disk_mib`: bytes per second of all its disks, read and written.
+    pub disk_bytes: u64,
+    /// `disk_operations`: requests per second to all its disks.
+    pub disk_operations: u64,
+    /// `burst_ms`: how much of each may pass at once after a rest, as a time of its rate.
+    pub burst_ms: u64,
 }
 
 /// Whether pods reach the cloud's metadata service.
@@ -183,6 +211,7 @@ impl RuntimeConfig {
                     MetadataService::Denied,
                 ),
             },
+            limits: Traffic::read(text),
             log: Log {
                 level: text.choice(
                     "log.level",
@@ -206,6 +235,21 @@ impl Default for RuntimeConfig {
     /// The config of a node without a config file.
     fn default() -> Self {
         Self::read(&mut ConfigText::empty())
+    }
+}
+
+impl Traffic {
+    fn read(text: &mut ConfigText) -> Self {
+        let mut number = |key: &str, most: u64| text.number(key, 0, (0, most));
+        Self {
+            ingress_bytes: number("limits.ingress_mbit", MAX_MBIT).saturating_mul(MBIT_BYTES),
+            egress_bytes: number("limits.egress_mbit", MAX_MBIT).saturating_mul(MBIT_BYTES),
+            ingress_packets: number("limits.ingress_packets", MAX_OPERATIONS),
+            egress_packets: number("limits.egress_packets", MAX_OPERATIONS),
+            disk_bytes: number("limits.disk_mib", MAX_DISK_MIB).saturating_mul(1 << 20),
+            disk_operations: number("limits.disk_operations", MAX_OPERATIONS),
+            burst_ms: text.number("limits.burst_ms", 100, (10, 10_000)),
+        }
     }
 }
 

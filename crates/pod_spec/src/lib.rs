@@ -28,6 +28,7 @@ mod namespaces;
 mod refusals;
 mod shell;
 mod sizing;
+mod traffic;
 mod translate;
 mod update;
 mod volumes;
@@ -35,7 +36,7 @@ mod volumes;
 pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role, SubPath};
 pub use config::{
     Debug, FileServer, Guest, HostNamespaces, Log, LogLevel, MetadataService, Network,
-    RuntimeConfig, Storage, Vmm,
+    RuntimeConfig, Storage, Traffic, Vmm,
 };
 pub use config_text::{ConfigError, ConfigMistake};
 pub use description::PodDescription;
@@ -44,6 +45,7 @@ pub use host_folders::{FolderAccess, FolderPropagation, HostFolder};
 pub use host_mounts::HostMounts;
 pub use shell::shell_spec;
 pub use sizing::VmSize;
+pub use traffic::is_traffic_annotation;
 pub use translate::exec_process;
 pub use update::{MAX_RESOURCES_BYTES, ResourceUpdate};
 pub use volumes::{

@@ -77,6 +77,7 @@ pub(crate) async fn answer(shared: Arc<Shared>, mut own: Value, reply: Reply<Val
                 "calls_pending": calls,
                 "live_volumes": guest.live.dump(),
                 "host_folders": guest.folders.dump(),
+                "forwarded_ports": guest.forwarded.dump(),
             })
         }
     };

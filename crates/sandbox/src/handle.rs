@@ -4,7 +4,7 @@
 //! The handle by which callers reach a sandbox's owner task.
 
 use agent_client::TerminalSize;
-use ids::ContainerId;
+use ids::{ContainerId, Limits};
 use task_state::{Exit, Pid, ProcessId};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -169,6 +169,14 @@ impl SandboxHandle {
     ) -> Result<(), SandboxError> {
         self.ask(|reply| Request::Update(container, resources_json, reply))
             .await
+    }
+
+    /// Holds the pod's traffic to these limits from now on.
+    ///
+    /// # Errors
+    /// Any kind if there is no VM, or its VMM does not answer.
+    pub async fn set_limits(&self, limits: Limits) -> Result<(), SandboxError> {
+        self.ask(|reply| Request::SetLimits(limits, reply)).await
     }
 
     /// What a container uses and may use, within a second: if the guest does not say so in time, what it said last.

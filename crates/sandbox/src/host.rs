@@ -4,6 +4,7 @@
 //! The seam to the node: what a sandbox has prepared on the host before the guest can use it.
 
 use std::any::Any;
+use std::net::TcpListener;
 
 use agent_proto::api;
 use hypervisor::{Disk, VmSpec};
@@ -38,6 +39,9 @@ pub struct PodPlan {
     pub vm: VmSpec,
     /// For the agent, once it is there.
     pub configure: api::ConfigureSandboxRequest,
+    /// Takes the TCP connections to the pod's loopback on the host, for the guest; non-blocking. `None` where they cannot
+    /// be taken.
+    pub loopback: Option<TcpListener>,
     /// Undoes on drop what was made on the host.
     pub guard: Box<dyn Any + Send>,
 }

@@ -6,7 +6,7 @@
 use std::any::Any;
 
 use agent_client::{AgentEvent, TerminalSize};
-use ids::{ContainerId, DiskSerial, Generation};
+use ids::{ContainerId, DiskSerial, Generation, Limits};
 use pod_storage::WrittenBack;
 use task_state::{Exit, Pid, ProcessId, Role};
 use tokio::sync::oneshot;
@@ -71,6 +71,7 @@ pub(crate) enum Request {
     Pause(ContainerId, Reply<()>),
     Resume(ContainerId, Reply<()>),
     Update(ContainerId, Vec<u8>, Reply<()>),
+    SetLimits(Limits, Reply<()>),
     Stats(ContainerId, Reply<TaskStats>),
     VmEnded(Reply<()>),
     Shutdown(Reply<()>),

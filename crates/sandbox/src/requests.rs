@@ -71,6 +71,12 @@ impl Owner {
             Request::Update(container, resources, reply) => {
                 self.update(container, &resources, reply);
             }
+            Request::SetLimits(limits, reply) => {
+                let shared = Arc::clone(&self.shared);
+                self.work.spawn(async move {
+                    drop(reply.send(work::set_limits(&shared, limits).await));
+                });
+            }
             Request::Stats(container, reply) => self.stats(container, reply),
             Request::VmEnded(reply) => self.tell_vm_ended(reply),
             Request::Shutdown(reply) => drop(reply.send(self.shutdown())),

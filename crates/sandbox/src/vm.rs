@@ -8,10 +8,14 @@
 //!   └──────┴──────────────────────┴─────────────────────────┴─ failed or told to end: VM killed ────────────^
 //! ```
 
+use std::convert::Infallible;
+use std::net::TcpListener;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use agent_client::{AgentClient, AgentError, CallDeadlines, EventReader, StreamConnector};
+use agent_client::{
+    AgentClient, AgentError, CallDeadlines, EventReader, ForwardedPorts, StreamConnector,
+};
 use agent_proto::{CONTROL_PORT, api};
 use async_trait::async_trait;
 use hypervisor::{RunningVm, VmExit};
@@ -65,6 +69,7 @@ pub(crate) struct Guest {
     pub(crate) size: VmSize,
     pub(crate) live: LiveVolumes,
     pub(crate) folders: HostFolders,
+    pub(crate) forwarded: Arc<ForwardedPorts>,
 }
 
 impl Failure {
@@ -128,9 +133,12 @@ fn ended() -> SandboxError {
 pub(crate) async fn run(shared: Arc<Shared>) {
     let mut launched = None;
     let failure = match start(&shared, &mut launched).await {
-        Ok(guest) => {
+        Ok((guest, loopback)) => {
             shared.vm.send_replace(VmState::Ready(Arc::clone(&guest)));
-            let exit = until_the_end(&shared, &guest).await;
+            let exit = tokio::select! {
+                exit = until_the_end(&shared, &guest) => exit,
+                never = forward_ports(&guest, loopback) => match never {},
+            };
             guest.folders.end().await;
             let tail = guest.vm.console_tail().await;
             let id = shared.id.as_str();
@@ -172,7 +180,7 @@ type LaunchedVm = (Arc<dyn RunningVm>, Box<dyn std::any::Any + Send>);
 async fn start(
     shared: &Arc<Shared>,
     launched: &mut Option<LaunchedVm>,
-) -> Result<Arc<Guest>, SandboxError> {
+) -> Result<(Arc<Guest>, Option<TcpListener>), SandboxError> {
     let of = Of::Sandbox(&shared.id);
     let planner = Arc::clone(shared);
     // The guard is the last to go, whatever fails: values are dropped from the last to the first.
@@ -180,6 +188,7 @@ async fn start(
         guard,
         vm: spec,
         configure,
+        loopback,
     } = phase(of, "plan", async {
         blocking(move || planner.host.plan_pod()).await?
     })
@@ -201,7 +210,7 @@ async fn start(
     tokio::select! {
         biased;
         () = shared.ends() => Err(stopped_early()),
-        guest = boot(shared, &vm, size, configure) => guest,
+        guest = boot(shared, &vm, size, configure) => Ok((guest?, loopback)),
     }
 }
 
@@ -242,7 +251,7 @@ async fn boot(
     );
     if configure.wall_clock_ns != 0 {
         // The plan was made before the boot.
-        configure.wall_clock_ns = wall_clock_ns();
+        configure.wall_clock_ns = agent_client::wall_clock_ns();
     }
     phase(of, "configure", async {
         let configured = agent.configure_sandbox(&configure).await;
@@ -261,6 +270,7 @@ async fn boot(
             shared.file_server.clone(),
             Arc::clone(vm),
         ),
+        forwarded: Arc::default(),
     }))
 }
 
@@ -306,6 +316,17 @@ fn last_lines(tail: &str) -> String {
         .collect();
     let from = lines.len().saturating_sub(CONSOLE_LINES);
     lines.get(from..).unwrap_or_default().join(" | ")
+}
+
+/// Forwards the pod's ports for ever. Its end is a drop, which resets what is open.
+async fn forward_ports(guest: &Arc<Guest>, loopback: Option<TcpListener>) -> Infallible {
+    if let Some(listener) = loopback {
+        let connector: Arc<dyn StreamConnector> = Arc::clone(guest) as _;
+        Arc::clone(&guest.forwarded)
+            .serve(listener, connector)
+            .await;
+    }
+    std::future::pending().await
 }
 
 /// Passes on events until the VM has ended or its agent is of no use any more, which ends the VM.
@@ -393,11 +414,4 @@ pub(crate) async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(|error| {
         SandboxError::new(SandboxErrorKind::Internal, "prepare on the host").because(error)
     })
-}
-
-fn wall_clock_ns() -> u64 {
-    let now = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default();
-    u64::try_from(now.as_nanos()).unwrap_or_default()
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use agent_client::{AgentCode, AgentError, TerminalSize};
 use agent_proto::{ProcessKey, api};
-use ids::{ContainerId, DiskSerial, Generation};
+use ids::{ContainerId, DiskSerial, Generation, Limits};
 use pod_spec::ResourceUpdate;
 use task_state::{Pid, ProcessId, Role};
 use tokio::time::{sleep, timeout};
@@ -238,6 +238,16 @@ pub(crate) async fn update(
         };
         let updated = guest.agent.update_container(&request).await;
         updated.map_err(|error| convert::agent(what(), error))
+    })
+    .await
+}
+
+/// Holds the pod's traffic to other limits.
+pub(crate) async fn set_limits(shared: &Shared, limits: Limits) -> Result<(), SandboxError> {
+    phase(Of::Sandbox(&shared.id), "limit", async {
+        let vm = vm::launched(shared.vm.subscribe()).await?;
+        let set = vm.set_limits(limits).await;
+        set.map_err(|error| convert::driver("change the limits of the pod's traffic", error))
     })
     .await
 }

@@ -44,6 +44,7 @@ impl Host for FakeHost {
         Ok(PodPlan {
             vm,
             configure: api::ConfigureSandboxRequest::new(),
+            loopback: None,
             guard: Box::new(()),
         })
     }

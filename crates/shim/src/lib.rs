@@ -38,6 +38,7 @@ mod start;
 mod state_dir;
 mod status;
 mod task_service;
+mod traffic;
 
 pub use node_host::NodeHost;
 pub use pod_source::{DescribedPod, PodSource};

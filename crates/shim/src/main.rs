@@ -33,6 +33,12 @@ impl Node for EmbeddedNode {
             host: Arc::new(NodeHost::new(pod)),
             deadlines: Deadlines {
                 boot: pod.config.guest.ready_timeout,
+                // Where guests take long to boot, they take long for their containers.
+                create: pod
+                    .config
+                    .guest
+                    .ready_timeout
+                    .max(Deadlines::default().create),
                 ..Deadlines::default()
             },
         })

@@ -3,12 +3,15 @@
 
 //! A pod's network: from its network namespace to the cards of its VM and to what the agent makes of them.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, TcpListener};
 use std::path::Path;
 
 use agent_proto::api;
 use hypervisor::NetworkInterface;
-use pod_network::{Address, Interface, Metadata, NetError, PodNetwork, Route, Rule};
+use pod_network::{
+    Address, Interface, LoopbackGuard, LoopbackListener, Metadata, NetError, PodNetwork, Route,
+    Rule,
+};
 use pod_spec::MetadataService;
 use sandbox::{SandboxError, SandboxErrorKind};
 
@@ -50,6 +53,21 @@ pub(crate) fn join(
             .collect(),
         guard,
     })
+}
+
+/// Takes over the TCP ports of the namespace's loopback, so that port-forward reaches the guest. A node that does not allow
+/// it has pods all the same, whose ports cannot be forwarded.
+pub(crate) fn take_loopback(namespace: &Path) -> Option<(TcpListener, LoopbackGuard)> {
+    match LoopbackListener::open(namespace) {
+        Ok(LoopbackListener { listener, guard }) => Some((listener, guard)),
+        Err(error) => {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "port-forward will not reach this pod: the node's kernel must be 5.9 or later, and let the shim load BPF programs"
+            );
+            None
+        }
+    }
 }
 
 fn network_error(error: NetError) -> SandboxError {

@@ -7,6 +7,7 @@
 //! makes on the host is an open file without a name; only a joined network is there to undo.
 
 use std::any::Any;
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -63,22 +64,28 @@ impl NodeHost {
         }
     }
 
-    /// What the pod's VM is to be like, and its network namespace.
-    fn pod(&self) -> Result<(PodSpec, Option<PathBuf>), SandboxError> {
+    /// What is known of the pod before its VM.
+    fn pod(&self) -> Result<KnownPod, SandboxError> {
         let guest = &self.config.guest;
         match &self.source {
             PodSource::Bundle(dir) => {
                 let bundle = self.bundle(dir)?;
-                let namespace = bundle.network_namespace().map(Path::to_path_buf);
-                Ok((bundle.pod(guest).map_err(spec_error)?, namespace))
+                Ok(KnownPod {
+                    spec: bundle.pod(guest).map_err(spec_error)?,
+                    network_namespace: bundle.network_namespace().map(Path::to_path_buf),
+                    annotations: bundle.annotations(),
+                })
             }
             PodSource::Described(cell) => {
                 let pod = cell.get().ok_or_else(|| {
                     let message = format!("sandbox {} is not described", self.id);
                     SandboxError::new(SandboxErrorKind::FailedPrecondition, message)
                 })?;
-                let spec = pod.description.pod(guest).map_err(spec_error)?;
-                Ok((spec, pod.network_namespace.clone()))
+                Ok(KnownPod {
+                    spec: pod.description.pod(guest).map_err(spec_error)?,
+                    network_namespace: pod.network_namespace.clone(),
+                    annotations: pod.annotations.clone(),
+                })
             }
         }
     }
@@ -171,9 +178,19 @@ impl NodeHost {
     }
 }
 
+/// A pod, whoever has described it.
+struct KnownPod {
+    spec: PodSpec,
+    network_namespace: Option<PathBuf>,
+    annotations: HashMap<String, String>,
+}
+
 impl Host for NodeHost {
     fn plan_pod(&self) -> Result<PodPlan, SandboxError> {
-        let (pod, namespace) = self.pod()?;
+        let pod = self.pod()?;
+        let limits = self.config.limits.limits(&pod.annotations);
+        let limits = limits.map_err(spec_error)?;
+        let (pod, namespace) = (pod.spec, pod.network_namespace);
         let scratch = self.store()?.scratch_disk().map_err(storage_error)?;
         let guest = &self.config.guest;
         let mut configure = api::ConfigureSandboxRequest::new();
@@ -192,13 +209,19 @@ impl Host for NodeHost {
         let initramfs = open("guest.initramfs", &guest.initramfs)?;
         // Last: whatever fails before has nothing to undo.
         let metadata = self.config.network.metadata_service;
-        let (networks, guard) = match &namespace {
-            None => (Vec::new(), nothing_to_undo()),
+        let (networks, loopback, guard) = match &namespace {
+            None => (Vec::new(), None, nothing_to_undo()),
             Some(namespace) => {
                 let joined = network::join(namespace, metadata)?;
                 configure.interfaces = joined.interfaces;
                 configure.rules = joined.rules;
-                (joined.cards, Box::new(joined.guard) as Box<dyn Any + Send>)
+                let (loopback, redirection) = network::take_loopback(namespace).unzip();
+                let guard = (redirection, joined.guard);
+                (
+                    joined.cards,
+                    loopback,
+                    Box::new(guard) as Box<dyn Any + Send>,
+                )
             }
         };
         let vm = VmSpec {
@@ -210,6 +233,7 @@ impl Host for NodeHost {
             kernel_arguments: guest.kernel_arguments.clone(),
             networks,
             disks: vec![scratch],
+            limits,
             cid: GuestCid::DEFAULT,
             host_ports: vec![CONTROL_PORT],
             console_log: None,
@@ -217,6 +241,7 @@ impl Host for NodeHost {
         Ok(PodPlan {
             vm,
             configure,
+            loopback,
             guard,
         })
     }

@@ -6,6 +6,7 @@
 //! `options` of CreateSandbox are CRI's `PodSandboxConfig`. What a pause container's spec says elsewhere comes from there:
 //! host name, sysctls, the sums of limits, the parent of the pod's cgroup and the files that every container gets.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
@@ -51,6 +52,8 @@ pub struct DescribedPod {
     pub description: PodDescription,
     /// The network namespace that the CNI has made; `None` if the pod is to have none.
     pub network_namespace: Option<PathBuf>,
+    /// Its annotations: which of them count is for the node's config to say.
+    pub annotations: HashMap<String, String>,
     /// When the pod was described.
     pub created_at: SystemTime,
     /// The host's cgroup for the pod, as an OCI spec's `linux.cgroupsPath`.
@@ -113,6 +116,7 @@ impl DescribedPod {
             return Ok(Self {
                 description: PodDescription::default(),
                 network_namespace,
+                annotations: request.annotations.clone(),
                 created_at: now,
                 cgroups_path: None,
                 files: None,
@@ -146,6 +150,11 @@ impl DescribedPod {
         Ok(Self {
             description,
             network_namespace,
+            annotations: config
+                .annotations
+                .into_iter()
+                .chain(request.annotations.clone())
+                .collect(),
             created_at: now,
             cgroups_path: cgroups_path(&linux.cgroup_parent, id),
             files: Some(PodFiles {

@@ -41,6 +41,7 @@ use crate::socket::remove_socket;
 use crate::start::{TTRPC_ADDRESS, read_bundle, read_config};
 use crate::state_dir::StateDir;
 use crate::task_service::TaskService;
+use crate::traffic::PodTraffic;
 
 /// How long a sandbox may stand without its first container. containerd creates it as soon as `start` has answered.
 const FIRST_TASK_LIMIT: Duration = Duration::from_secs(30);
@@ -174,6 +175,9 @@ impl Shim<'_> {
             .unwrap_or_else(|| format!("{}.ttrpc", self.args.address));
         let publisher =
             Publisher::spawn(self.args.namespace.clone(), &address, Patience::default());
+        // A bundle that cannot be read fails the create, which says so.
+        let annotations = read_bundle(&self.bundle).ok().flatten();
+        let annotations = annotations.map(|bundle| bundle.annotations());
         let source = pod_source(self.bundle);
         let boot = match &source {
             PodSource::Bundle(_) => Boot::AtOnce,
@@ -207,10 +211,12 @@ impl Shim<'_> {
             file_server: self.config.file_server.path.clone(),
             boot,
         });
+        let traffic = PodTraffic::new(self.config.limits, annotations.unwrap_or_default());
         let mut server = Server::new()
             .add_listener(Listener::try_from(listener).map_err(server_error)?)
             .register_service(
-                TaskService::new(sandbox.clone(), Arc::clone(&self.operator.shells)).services(),
+                TaskService::new(sandbox.clone(), Arc::clone(&self.operator.shells), traffic)
+                    .services(),
             )
             .register_service(SandboxService::services(
                 sandbox.clone(),

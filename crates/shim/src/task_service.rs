@@ -30,6 +30,7 @@ use crate::events::exited_at;
 use crate::metrics;
 use crate::shells::Shells;
 use crate::status::{status, to_status};
+use crate::traffic::PodTraffic;
 
 /// The service's name up to containerd 1.7, and in 2.x for shims that answer `start` with an address.
 const TASK_V2: &str = "containerd.task.v2.Task";
@@ -45,12 +46,17 @@ const RESOURCES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/
 pub struct TaskService {
     sandbox: SandboxHandle,
     shells: Arc<Shells>,
+    traffic: Arc<PodTraffic>,
 }
 
 impl TaskService {
-    /// The service of `sandbox`, whose debugging shells are `shells`.
-    pub(crate) fn new(sandbox: SandboxHandle, shells: Arc<Shells>) -> Self {
-        Self { sandbox, shells }
+    /// The service of `sandbox`, whose debugging shells are `shells`, and whose traffic is held to `traffic`.
+    pub(crate) fn new(sandbox: SandboxHandle, shells: Arc<Shells>, traffic: PodTraffic) -> Self {
+        Self {
+            sandbox,
+            shells,
+            traffic: Arc::new(traffic),
+        }
     }
 
     /// The service under both of its names, for a ttrpc server.
@@ -61,6 +67,35 @@ impl TaskService {
             .map(|service| (TASK_V2.to_owned(), service));
         services.extend(v2);
         services
+    }
+}
+
+/// Whether an update was about the pod's limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Limited {
+    Changed,
+    Unchanged,
+}
+
+impl TaskService {
+    /// Changes the pod's limits to what the annotations of an update of one of its containers say.
+    async fn limit(
+        &self,
+        container: &ContainerId,
+        annotations: &HashMap<String, String>,
+    ) -> ttrpc::Result<Limited> {
+        let known = self.sandbox.state(ProcessId::init(container.clone())).await;
+        known.map_err(|error| to_status(&error))?;
+        let limits = self
+            .traffic
+            .update(annotations)
+            .map_err(|error| status(Code::INVALID_ARGUMENT, report(&error)))?;
+        let Some(limits) = limits else {
+            return Ok(Limited::Unchanged);
+        };
+        let set = self.sandbox.set_limits(limits).await;
+        set.map(|()| Limited::Changed)
+            .map_err(|error| to_status(&error))
     }
 }
 
@@ -405,6 +440,12 @@ impl Task for TaskService {
         request: api::UpdateTaskRequest,
     ) -> ttrpc::Result<api::Empty> {
         let container = container(&request.id)?;
+        if !request.annotations.is_empty() {
+            let limited = self.limit(&container, &request.annotations).await?;
+            if limited == Limited::Changed && request.resources.is_none() {
+                return Ok(api::Empty::new());
+            }
+        }
         let resources = request.resources.into_option().unwrap_or_default();
         if resources.type_url != RESOURCES_TYPE {
             let text = format!(

@@ -78,6 +78,7 @@ fn rig(tap: Tap, neighbour: UdpSocket) -> Rig {
         io: Arc::clone(&tap) as Arc<dyn FrameIo>,
         mac: MAC,
         mtu: 1500,
+        limits: Default::default(),
     })
     .unwrap();
     let activation = Activation {

@@ -4,6 +4,7 @@
 //! The I/O thread's view of a device.
 
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use crate::{DeviceError, QueueState};
 
@@ -18,13 +19,15 @@ pub enum Event {
 
 /// Whether a worker left work undone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use = "More means that no further kick will come for what is left"]
+#[must_use = "More and Later mean that no further kick will come for what is left"]
 pub enum Progress {
     /// Nothing left: the next kick will wake it.
     Idle,
     /// The cap per wake was reached: call `handle` with the same event again, after the other
     /// workers had their turn.
     More,
+    /// A limit was reached: call `handle` with the same event again after this time, or earlier.
+    Later(Duration),
 }
 
 /// Serves some queues of an activated device.

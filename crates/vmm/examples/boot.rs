@@ -40,6 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         console_log: true,
         disks: Vec::new(),
         networks: Vec::new(),
+        limits: Default::default(),
         disk_slots: 24,
         jail,
     };

@@ -95,6 +95,7 @@ fn once(
         console_log: false,
         disks: Vec::new(),
         networks: Vec::new(),
+        limits: Default::default(),
         disk_slots: 24,
         jail: std::env::var_os("COFFER_NO_JAIL")
             .is_none()

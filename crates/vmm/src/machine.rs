@@ -15,17 +15,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use ids::{GuestCid, Mib, VcpuCount, VsockPort};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Kvm, VmFd};
-use virtio_device::VirtioDevice;
 use virtio_device::balloon::{Backing, BackingSwitch, Balloon, MemoryRelease};
 use virtio_device::block::{Access, Block, BlockOptions, FileDisk};
 use virtio_device::console::{Console, ConsoleLog, LogFile};
-use virtio_device::net::{Net, NetOptions, Tap};
+use virtio_device::net::{Net, NetLimits, NetOptions, Tap};
 use virtio_device::rng::{HostEntropy, Rng};
 use virtio_device::vsock::{HostPorts, Vsock, VsockHandle, VsockOptions};
+use virtio_device::{Limiter, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootSource, Entry, cmdline};
-use crate::control::{Config, DiskAccess, DiskConfig, MAX_NETWORKS, NetworkConfig};
+use crate::control::{Config, DiskAccess, DiskConfig, LimitsConfig, MAX_NETWORKS, NetworkConfig};
 use crate::cpu::cpuid;
 use crate::devices::{
     Bus, IoThread, Memory, Signals, Transport, TransportParts, TransportState, WorkerHost,
@@ -92,6 +92,7 @@ pub struct Machine {
     disk_io: Arc<IoThread>,
     /// For network cards, whose traffic nothing else shall wait behind; none without them.
     net_io: Option<Arc<IoThread>>,
+    limiters: Limiters,
     disk_slots: u16,
     lines: BTreeMap<u32, Arc<EventFd>>,
     disks: BTreeMap<u16, String>,
@@ -107,6 +108,13 @@ pub struct Machine {
     vm: Arc<VmFd>,
     kvm: Kvm,
     memory: Memory,
+}
+
+/// What holds the VM's traffic to its limits.
+#[derive(Default)]
+struct Limiters {
+    net: NetLimits,
+    disk: Arc<Limiter>,
 }
 
 /// What a thread does before it works: its seccomp filter.
@@ -156,6 +164,7 @@ impl Machine {
                 [] => None,
                 _ => Some(Arc::new(IoThread::start("net", setup.io)?)),
             },
+            limiters: Limiters::default(),
             disk_slots: config.disk_slots,
             lines: BTreeMap::new(),
             disks: BTreeMap::new(),
@@ -174,6 +183,7 @@ impl Machine {
             kvm: resources.kvm,
             memory,
         };
+        machine.set_limits(config.limits);
         machine.add_device(VSOCK_WINDOW, Box::new(vsock))?;
         machine.add_devices(config)?;
         for (disk, file) in config.disks.iter().zip(resources.disks) {
@@ -234,6 +244,19 @@ impl Machine {
         })
     }
 
+    /// Holds traffic to these limits from now on.
+    pub fn set_limits(&self, limits: LimitsConfig) {
+        self.limiters.net.ingress.set(limits.ingress.into());
+        self.limiters.net.egress.set(limits.egress.into());
+        self.limiters.disk.set(limits.disk.into());
+        for thread in [Some(&self.disk_io), self.net_io.as_ref()]
+            .into_iter()
+            .flatten()
+        {
+            thread.look_again();
+        }
+    }
+
     /// Puts a disk into a free slot; answers the guest's name of the slot's device.
     ///
     /// # Errors
@@ -253,6 +276,7 @@ impl Machine {
             },
             serial: disk.serial.clone(),
             queues: DISK_QUEUES,
+            limiter: Arc::clone(&self.limiters.disk),
         })
         .map_err(|source| VmmError::Device {
             name: "block",
@@ -326,6 +350,11 @@ impl Machine {
             "exits": exits,
             "stray_accesses": self.bus.stray_accesses.get(),
             "devices": devices,
+            "waits_for_limits": {
+                "ingress": self.limiters.net.ingress.waits(),
+                "egress": self.limiters.net.egress.waits(),
+                "disk": self.limiters.disk.waits(),
+            },
             "vsock_connections": connections,
             "vsock": vsock,
         })
@@ -361,7 +390,14 @@ impl Machine {
             let NetworkConfig { mac, mtu } = *network;
             let tap = Tap::new(tap).map_err(VmmError::host("take a tap over"))?;
             let io = Arc::new(tap);
-            let net = Net::new(NetOptions { io, mac, mtu }).map_err(|source| VmmError::Device {
+            let limits = self.limiters.net.clone();
+            let options = NetOptions {
+                io,
+                mac,
+                mtu,
+                limits,
+            };
+            let net = Net::new(options).map_err(|source| VmmError::Device {
                 name: "net",
                 source,
             })?;

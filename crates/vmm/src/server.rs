@@ -310,6 +310,10 @@ impl Server {
                 let device = self.machine.attach_file_system(&tag, parts, &self.ends)?;
                 Ok(Answer::Attached { device })
             }
+            Request::SetLimits(limits) => {
+                self.machine.set_limits(limits);
+                Ok(Answer::Done)
+            }
             Request::ConsoleTail => Ok(Answer::Text(self.console_tail())),
             Request::Dump => Ok(Answer::Text(self.machine.dump().to_string())),
             Request::Pause => {

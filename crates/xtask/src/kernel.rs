@@ -31,7 +31,7 @@ pub(crate) const PACKAGES: &[&str] = &[
 ];
 
 const SOURCE_PACKAGE: &str = "linux-source-6.12";
-const SOURCE_TAR: &str = "/usr/src/linux-source-6.12.tar.xz";
+pub(crate) const SOURCE_TAR: &str = "/usr/src/linux-source-6.12.tar.xz";
 
 /// The image's cap in bytes: every pod has a copy in its memory.
 const MAX_IMAGE: u64 = 12 << 20;

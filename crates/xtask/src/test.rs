@@ -18,12 +18,14 @@ use crate::build::{KVM_TESTED_PACKAGES, SUITE, TestKind, TestProgram};
 use crate::node::{Job, Machine, Place, Work};
 use crate::step::{seconds, section, step};
 use crate::tally::{Outcome, Tally};
-use crate::{build, check, images, kernel, kernel_selftest, process, workspace};
+use crate::{apt, build, check, images, kernel, kernel_selftest, process, workspace};
 
 /// The longest time for the tests of all crates, compilation included.
 const CRATE_TESTS_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// The longest time for what runs in the node; on 2 cores under emulation.
 const NODE_TESTS_LIMIT: Duration = Duration::from_secs(30 * 60);
+/// The same when they soak.
+const SOAK_LIMIT: Duration = Duration::from_secs(4 * 60 * 60);
 /// What a run from nothing writes below the checkout and into the cache, in MiB.
 const WHOLE_RUN_MIB: u64 = 6 * 1024;
 /// The most nodes beside each other; each has 4 GiB of memory.
@@ -38,9 +40,42 @@ pub(crate) struct Arguments {
     /// Take the built programs as they are.
     #[arg(long)]
     no_build: bool,
-    /// Only tests of the end-to-end suite whose names contain this.
-    #[arg(long, default_value = "")]
-    filter: String,
+    /// Only tests for the node whose names contain this; may be given several times.
+    #[arg(long)]
+    filter: Vec<String>,
+    /// Tests that repeat something do it as often as in a soak, or this part of that often.
+    #[arg(long, value_name = "PERCENT", num_args = 0..=1, default_missing_value = "100")]
+    soak: Option<u32>,
+    /// The seed of what is random in the tests, as one that failed has printed it.
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+impl Arguments {
+    /// Whether a test that runs in the node was asked for.
+    fn wants(&self, name: &str) -> bool {
+        self.filter.is_empty() || self.filter.iter().any(|part| name.contains(part.as_str()))
+    }
+
+    /// The tests' environment; it runs in the node's shell.
+    fn environment(&self) -> String {
+        let soak = self.soak.map(|percent| format!(" COFFER_SOAK={percent}"));
+        let seed = self.seed.map(|seed| format!(" COFFER_SEED={seed}"));
+        format!(
+            "export COFFER_E2E=1 COFFER_E2E_ARTIFACTS=/job/artifacts COFFER_VMM=/opt/coffer/bin/coffer-vmm{}{}",
+            soak.unwrap_or_default(),
+            seed.unwrap_or_default()
+        )
+    }
+
+    /// The longest time for what runs in the node.
+    fn limit(&self) -> Duration {
+        if self.soak.is_some() {
+            SOAK_LIMIT
+        } else {
+            NODE_TESTS_LIMIT
+        }
+    }
 }
 
 /// Runs the verb. The exit code is 0 only if nothing failed.
@@ -49,16 +84,25 @@ pub(crate) struct Arguments {
 /// When the tests cannot be built or the node does not run to its end.
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     tell_free_space()?;
+    // What the images are made with, too.
+    apt::ensure(kernel::PACKAGES)?;
     let place = thread::scope(|scope| {
         // Waits for a network, so beside the build, which waits for the processor.
-        let software = scope.spawn(images::software);
+        let archives = scope.spawn(|| {
+            anyhow::Ok([
+                images::software()?,
+                images::postgres()?,
+                images::gcc()?,
+                images::small()?,
+            ])
+        });
         if !arguments.no_build {
             build::run()?;
         }
-        let software = software
+        let archives = archives
             .join()
             .map_err(|_| anyhow::anyhow!("making the images panicked"))??;
-        build::images(&[images::small()?, software])?;
+        build::images(&archives)?;
         Place::choose()
     })?;
     let programs = build::tests()?;
@@ -68,7 +112,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         sum += test_crates()?;
         sum += test_kernel();
     }
-    sum += test_in_node(&place, &programs, &arguments.filter)?;
+    sum += test_in_node(&place, &programs, arguments)?;
     println!("{sum}");
     Ok(if sum.failed == 0 {
         ExitCode::SUCCESS
@@ -145,7 +189,7 @@ fn failures(output: &str) -> String {
 
 /// The tests that need KVM and the end-to-end suite, where VMs run: in as many nested nodes beside each other as this
 /// machine has processors.
-fn test_in_node(place: &Place, programs: &[TestProgram], filter: &str) -> Result<Tally> {
+fn test_in_node(place: &Place, programs: &[TestProgram], arguments: &Arguments) -> Result<Tally> {
     let artifacts = workspace::target().join("coffer/artifacts");
     if artifacts.exists() {
         fs::remove_dir_all(&artifacts)
@@ -155,7 +199,7 @@ fn test_in_node(place: &Place, programs: &[TestProgram], filter: &str) -> Result
         Place::Host => 1,
         Place::Nested(_) => thread::available_parallelism().map_or(1, |n| n.get().min(MAX_NODES)),
     };
-    let scripts = node_scripts(&workspace::root(), programs, filter, count)?;
+    let scripts = node_scripts(&workspace::root(), programs, arguments, count)?;
     let one = |(number, script): (usize, &String)| {
         let folder = artifacts.join(format!("node-{number}"));
         let mut out = Lines::default();
@@ -171,7 +215,7 @@ fn test_in_node(place: &Place, programs: &[TestProgram], filter: &str) -> Result
             ],
             machine: Machine {
                 memory_mib: 4096,
-                limit: Some(NODE_TESTS_LIMIT),
+                limit: Some(arguments.limit()),
                 ..Machine::default()
             },
         };
@@ -215,12 +259,13 @@ fn test_in_node(place: &Place, programs: &[TestProgram], filter: &str) -> Result
 fn node_scripts(
     root: &Path,
     programs: &[TestProgram],
-    filter: &str,
+    arguments: &Arguments,
     count: usize,
 ) -> Result<Vec<String>> {
     let shown = root.display();
+    let environment = arguments.environment();
     let head = format!(
-        "export COFFER_E2E=1 COFFER_E2E_ARTIFACTS=/job/artifacts COFFER_VMM=/opt/coffer/bin/coffer-vmm\nmkdir -p /job/artifacts\n\
+        "{environment}\nmkdir -p /job/artifacts\n\
          # The tests know the checkout by the name it has where they were built.\n\
          [ -e '{shown}' ] || {{ mkdir -p '{shown}' && rmdir '{shown}' && ln -s /src '{shown}'; }}\n\
          code=0\n\
@@ -239,7 +284,7 @@ fn node_scripts(
         let names: Vec<&str> = listed
             .lines()
             .filter_map(|line| line.strip_suffix(": test"))
-            .filter(|name| name.contains(filter))
+            .filter(|name| arguments.wants(name))
             .collect();
         for (number, script) in scripts.iter_mut().enumerate() {
             let dealt: Vec<&str> = names.iter().copied().skip(number).step_by(count).collect();
@@ -315,6 +360,23 @@ impl Write for Lines {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn soak_and_seed_reach_the_tests_and_filters_are_alternatives() {
+        let arguments = Arguments {
+            only_node: true,
+            no_build: true,
+            filter: vec!["churn".to_owned(), "truth".to_owned()],
+            soak: Some(20),
+            seed: Some(7),
+        };
+        assert!(
+            arguments
+                .environment()
+                .ends_with(" COFFER_SOAK=20 COFFER_SEED=7")
+        );
+        assert!(arguments.wants("truth::one") && !arguments.wants("faults::one"));
+    }
 
     #[test]
     fn only_failed_and_hanging_tests_are_shown() {

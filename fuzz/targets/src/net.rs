@@ -37,6 +37,7 @@ pub(crate) fn device() -> (Net, OwnedFd) {
         io: Arc::new(Socket(ours)),
         mac: [2, 0, 0, 0, 0, 1],
         mtu: 1500,
+        limits: Default::default(),
     };
     (Net::new(options).expect("a network card"), network)
 }

@@ -261,6 +261,7 @@ fn make_block(file: &File, access: Access) -> Block {
         access,
         serial: "fuzz".to_owned(),
         queues: 2,
+        limiter: Default::default(),
     })
     .expect("a block device")
 }

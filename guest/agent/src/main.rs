@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use agent_core::linux::{self, HELPER_ARGUMENT, Linux, MemoryWatch, boot};
 use agent_core::{Agent, Service, log};
-use agent_proto::{PROTOCOL_VERSION, api, hello};
+use agent_proto::{FORWARD_PORT, PROTOCOL_VERSION, STDIO_PORT, api, hello};
 use rustix::time::{ClockId, clock_gettime};
 
 use transport::{Connection, Transport};
@@ -81,7 +81,10 @@ fn serve(
     set_up: fn() -> Result<(), agent_core::Error>,
 ) -> io::Result<()> {
     // The host may open streams as soon as it has the Hello.
-    let streams = transport.listen()?;
+    let listeners = Listeners {
+        stdio: transport.listen(STDIO_PORT)?,
+        forwarded: transport.listen(FORWARD_PORT)?,
+    };
     let control = transport.dial()?;
     say_hello(&control, started_ns)?;
     set_up().map_err(|error| io::Error::other(error.chain()))?;
@@ -93,7 +96,7 @@ fn serve(
         .enable_all()
         .max_blocking_threads(MAX_BLOCKING_THREADS)
         .build()?
-        .block_on(run(streams, control))
+        .block_on(run(listeners, control))
 }
 
 fn say_hello(control: &OwnedFd, started_ns: u64) -> io::Result<()> {
@@ -117,7 +120,13 @@ fn say_hello(control: &OwnedFd, started_ns: u64) -> io::Result<()> {
     Ok(())
 }
 
-async fn run(streams: OwnedFd, control: OwnedFd) -> io::Result<()> {
+/// Where the host connects.
+struct Listeners {
+    stdio: OwnedFd,
+    forwarded: OwnedFd,
+}
+
+async fn run(listeners: Listeners, control: OwnedFd) -> io::Result<()> {
     let memory = MemoryWatch::new()?;
     let agent = Agent::new(Arc::new(Linux::new(memory.clone())));
     let reaping = linux::reaper::run({
@@ -128,11 +137,18 @@ async fn run(streams: OwnedFd, control: OwnedFd) -> io::Result<()> {
         let agent = agent.clone();
         move |container| agent.check_memory(container)
     });
-    let accepting = transport::accept(streams, {
+    let accepting = transport::accept(listeners.stdio, {
         let connections = agent.connections().clone();
         move |stream| {
             let connections = connections.clone();
             tokio::spawn(async move { connections.accept(stream).await });
+        }
+    });
+    let forwarding = transport::accept(listeners.forwarded, {
+        let forwarded = agent.forwarded().clone();
+        move |stream| {
+            let forwarded = forwarded.clone();
+            tokio::spawn(async move { forwarded.serve(stream).await });
         }
     });
     let (connection, closed) = Connection::new(control)?;
@@ -146,6 +162,7 @@ async fn run(streams: OwnedFd, control: OwnedFd) -> io::Result<()> {
         ended = reaping => return ended,
         ended = watching => return ended,
         ended = accepting => return ended,
+        ended = forwarding => return ended,
     }
     Ok(())
 }

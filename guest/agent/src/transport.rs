@@ -12,7 +12,8 @@ use std::task::{Context, Poll, ready};
 
 use agent_core::log;
 use agent_core::stdio::Stream;
-use agent_proto::{CONTROL_PORT, STDIO_PORT};
+use agent_proto::CONTROL_PORT;
+use ids::VsockPort;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, connect, listen, socket,
 };
@@ -38,21 +39,23 @@ const BACKLOG: i32 = 128;
 pub(crate) enum Transport {
     /// AF_VSOCK.
     Vsock,
-    /// `control.sock`, where the other end listens, and `stdio.sock`, where the agent does, in this folder.
+    /// `control.sock`, where the other end listens, and `<port>.sock`, where the agent does, in this folder.
     Unix(PathBuf),
 }
 
 impl Transport {
-    /// Listens for stdio streams.
-    pub(crate) fn listen(&self) -> io::Result<OwnedFd> {
+    /// Listens on a port.
+    pub(crate) fn listen(&self, port: VsockPort) -> io::Result<OwnedFd> {
         match self {
             Self::Vsock => {
                 let listener = vsock()?;
-                bind(listener.as_raw_fd(), &VsockAddr::new(CID_ANY, STDIO_PORT.0))?;
+                bind(listener.as_raw_fd(), &VsockAddr::new(CID_ANY, port.0))?;
                 listen(&listener, Backlog::new(BACKLOG)?)?;
                 Ok(listener)
             }
-            Self::Unix(folder) => Ok(UnixListener::bind(folder.join("stdio.sock"))?.into()),
+            Self::Unix(folder) => {
+                Ok(UnixListener::bind(folder.join(format!("{port}.sock")))?.into())
+            }
         }
     }
 

@@ -21,8 +21,10 @@ use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::sync::watch;
 
 use crate::Error;
+use crate::clock::Clock;
 use crate::error::Context as _;
 use crate::events::Events;
+use crate::forward::ForwardedPorts;
 use crate::pid_namespace::PidNamespace;
 use crate::plan::{ContainerPlan, ExecPlan, SandboxPlan, StdioPlan};
 use crate::stdio::{Connections, Stream, pump_input, pump_output};
@@ -46,7 +48,9 @@ pub struct Agent<S> {
     table: Mutex<Table>,
     events: Arc<Events>,
     connections: Arc<Connections>,
+    forwarded: Arc<ForwardedPorts>,
     configured: Mutex<bool>,
+    clock: Mutex<Clock>,
 }
 
 /// The agent's ends of a process's pipes.
@@ -66,13 +70,20 @@ impl<S: System> Agent<S> {
             table: Mutex::default(),
             events: Arc::default(),
             connections: Arc::default(),
+            forwarded: Arc::default(),
             configured: Mutex::default(),
+            clock: Mutex::default(),
         })
     }
 
     /// Where new stdio connections go.
     pub fn connections(&self) -> &Arc<Connections> {
         &self.connections
+    }
+
+    /// Where new connections to the pod's loopback go.
+    pub fn forwarded(&self) -> &Arc<ForwardedPorts> {
+        &self.forwarded
     }
 
     /// What has happened.
@@ -119,6 +130,24 @@ impl<S: System> Agent<S> {
             });
         }
         self.blocking(move |system| system.configure(&plan)).await
+    }
+
+    /// Has the guest's clock follow the host's, which is at `host_ns` since the epoch; 0 if that is not known.
+    pub(crate) fn follow_clock(&self, host_ns: u64) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let guest_ns = u64::try_from(now.unwrap_or_default().as_nanos()).unwrap_or(u64::MAX);
+        if host_ns == 0 {
+            return;
+        }
+        let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(time) = clock.correction(host_ns, guest_ns) else {
+            return;
+        };
+        drop(clock);
+        match self.system.set_clock(time) {
+            Ok(()) => crate::log::info(&format!("clock set from {guest_ns} to {time} ns")),
+            Err(error) => crate::log::warn(&format!("setting the clock: {}", error.chain())),
+        }
     }
 
     /// Makes a container and its init, which waits. Gives its pid. On failure nothing of it is left.
@@ -383,6 +412,7 @@ impl<S: System> Agent<S> {
             "unclaimed_connections": connections,
             "awaited_connections": processes,
             "streams": self.connections.dump(),
+            "forwarded_connections": self.forwarded.open(),
         })
         .to_string()
     }

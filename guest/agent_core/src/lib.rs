@@ -4,9 +4,11 @@
 //! Process table, stdio, cgroups, mounts and reaper of the guest agent.
 
 mod agent;
+mod clock;
 mod error;
 mod events;
 mod files;
+mod forward;
 pub mod linux;
 pub mod log;
 mod network;
@@ -21,6 +23,7 @@ mod volume_plan;
 pub use agent::{Agent, ProcessInfo};
 pub use error::{Code, Error};
 pub use events::Events;
+pub use forward::ForwardedPorts;
 pub use network::{CardPlan, NetworkPlan, Prefix, RoutePlan, RulePlan};
 pub use pid_namespace::PidNamespace;
 pub use plan::*;

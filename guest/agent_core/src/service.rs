@@ -243,6 +243,7 @@ impl<S: System> service::Agent for Service<S> {
         _: &TtrpcContext,
         request: api::NextEventsRequest,
     ) -> ttrpc::Result<api::Events> {
+        self.0.follow_clock(request.wall_clock_ns);
         let events = self.0.events().next(request.after).await;
         Ok(api::Events {
             events,

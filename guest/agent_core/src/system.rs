@@ -96,6 +96,12 @@ pub trait System: Cgroups + Files + Send + Sync + 'static {
     /// [`Error`] for what cannot be taken away; the call may be repeated.
     fn remove_container(&self, container: &ContainerId) -> Result<(), Error>;
 
+    /// Sets the wall clock, in ns since the epoch.
+    ///
+    /// # Errors
+    /// [`Error`].
+    fn set_clock(&self, wall_clock_ns: u64) -> Result<(), Error>;
+
     /// Syncs file systems and ends the machine.
     fn power_off(&self);
 }

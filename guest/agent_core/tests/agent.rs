@@ -99,6 +99,11 @@ impl System for Fake {
         Ok(())
     }
 
+    fn set_clock(&self, _: u64) -> Result<(), Error> {
+        self.note("set the clock".to_owned());
+        Ok(())
+    }
+
     fn power_off(&self) {}
 }
 

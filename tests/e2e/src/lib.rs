@@ -15,14 +15,18 @@
 mod audit;
 mod command;
 mod container;
+mod kill;
 mod node;
 mod processes;
+mod scale;
 
 pub use audit::Audit;
 pub use command::{DEADLINE, Output, eventually, run, run_with_input, spawn};
 pub use container::{Container, metrics};
+pub use kill::{ContainerdDown, kill_9};
 pub use node::{ConfigChange, Node};
 pub use processes::{children_named, named, parent_of, process_exists};
+pub use scale::{Random, count};
 
 /// The runtime that `ctr` is told to use.
 pub const RUNTIME: &str = "io.containerd.coffer.v2";

@@ -7,7 +7,8 @@
 //! 1. [`HostStdio::open`] opens containerd's ends, before anything is asked of the guest.
 //! 2. [`HostStdio::connect`] opens the guest's ends, once the process exists there, and starts a pump for each stream.
 //! 3. An output stream ends when as many bytes as the guest announced were passed on ([`Streams::ended`]), or with its
-//!    connection. Its FIFO is closed then, so that containerd's reader sees the end.
+//!    connection. Its FIFO is closed then, so that containerd's reader sees the end; where there is no reader, because
+//!    containerd restarts, it is kept until there is one, or the streams are dropped.
 //! 4. Stdin is read from the process's start on ([`Streams::begin_stdin`]). It ends when both the client's and our hold
 //!    on the FIFO are gone ([`Streams::close_stdin`]); the guest is then told how many bytes there were.
 //!

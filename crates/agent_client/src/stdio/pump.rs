@@ -4,10 +4,14 @@
 //! The pumps: one task for each stream, which owns both of its ends.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use agent_proto::{ProcessKey, api};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::ioctl_fionread;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
@@ -27,19 +31,33 @@ pub(super) enum Sink {
     File(tokio::fs::File),
 }
 
+/// How often a FIFO that nobody reads is looked at.
+const READER_CHECK: Duration = Duration::from_millis(100);
+
 /// Passes on a process's output until as much has come as the guest announced, or the connection ends. The FIFO is closed
-/// with the return.
+/// then; if nobody has it open, as while containerd restarts, that waits for a reader.
 pub(super) async fn output(socket: UnixStream, sink: Sink, mut flow: FlowGuard) {
     let result = match sink {
         Sink::Fifo(fifo) => to_fifo(socket, fifo, &mut flow).await,
-        Sink::File(file) => to_file(socket, file, &mut flow).await,
+        Sink::File(file) => to_file(socket, file, &mut flow).await.map(|()| None),
     };
-    if let Err(error) = result {
-        tracing::warn!(kind = ?flow.kind(), %error, "an output stream broke off");
+    match result {
+        Ok(Some(unread)) => {
+            // All has been passed on: nobody waits for this.
+            drop(flow);
+            read_by_somebody(&unread).await;
+        }
+        Ok(None) => {}
+        Err(error) => tracing::warn!(kind = ?flow.kind(), %error, "an output stream broke off"),
     }
 }
 
-async fn to_fifo(socket: UnixStream, fifo: OwnedFd, flow: &mut FlowGuard) -> io::Result<()> {
+/// Ends with the FIFO closed, or with what keeps its contents if there are any and nobody reads.
+async fn to_fifo(
+    socket: UnixStream,
+    fifo: OwnedFd,
+    flow: &mut FlowGuard,
+) -> io::Result<Option<OwnedFd>> {
     let socket = watch(socket.into_std()?.into(), Interest::READABLE)?;
     let fifo = watch(fifo, Interest::WRITABLE)?;
     while !flow.is_complete() {
@@ -52,7 +70,36 @@ async fn to_fifo(socket: UnixStream, fifo: OwnedFd, flow: &mut FlowGuard) -> io:
         }
         flow.count(moved);
     }
-    Ok(())
+    Ok(unread(fifo.into_inner()))
+}
+
+/// The kernel throws away what is in a FIFO when nobody has it open. Closes our end, which reads too, unless that would be
+/// so; then what is left is open for writing alone.
+fn unread(fifo: OwnedFd) -> Option<OwnedFd> {
+    if !matches!(ioctl_fionread(&fifo), Ok(1..)) {
+        return None;
+    }
+    let path = format!("/proc/self/fd/{}", fifo.as_raw_fd());
+    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let writer = open(path, flags, Mode::empty()).ok()?;
+    drop(fifo);
+    (!has_reader(&writer)).then_some(writer)
+}
+
+async fn read_by_somebody(writer: &OwnedFd) {
+    while !has_reader(writer) {
+        tokio::time::sleep(READER_CHECK).await;
+    }
+}
+
+/// poll(2): a writer of a FIFO without readers is told of an error.
+fn has_reader(writer: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(writer, PollFlags::empty())];
+    match poll(&mut fds, Some(&Timespec::default())) {
+        Ok(_) => fds.iter().all(|fd| !fd.revents().contains(PollFlags::ERR)),
+        // Nothing to wait for.
+        Err(_) => true,
+    }
 }
 
 async fn to_file(

@@ -104,8 +104,8 @@ impl Streams {
         }
     }
 
-    /// Waits until nothing more of the process's output will be passed on, and its FIFOs are closed. A reader that does
-    /// not read makes this wait for ever: bound it.
+    /// Waits until nothing more of the process's output will be passed on, and the FIFOs that have readers are closed. A
+    /// reader that does not read makes this wait for ever: bound it.
     pub async fn drained(&self) {
         for flow in &self.outputs {
             // An error would mean that the sender is gone, and it is in `flow`.

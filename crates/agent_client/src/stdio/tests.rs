@@ -167,6 +167,43 @@ async fn reader_that_comes_late_or_again_misses_nothing() {
 }
 
 #[tokio::test]
+async fn output_of_an_ended_process_waits_for_its_reader() {
+    let fixture = fixture().await;
+    let fifos = Fifos::new(&["out"]);
+    let paths = StdioPaths {
+        stdout: fifos.uri("out"),
+        ..StdioPaths::default()
+    };
+    // containerd is away from before the process's start until after its end.
+    let streams = run(&fixture, "[\"print\", \"0123456789\", \"1000\"]", &paths).await;
+    streams.drained().await;
+    let path = fifos.path("out");
+    let taken = tokio::task::spawn_blocking(move || reader(&path).join().unwrap());
+    assert_eq!(taken.await.unwrap(), b"0123456789".repeat(1000));
+    drop(streams);
+}
+
+#[tokio::test]
+async fn output_that_nobody_reads_goes_with_the_streams() {
+    let fixture = fixture().await;
+    let fifos = Fifos::new(&["out"]);
+    let paths = StdioPaths {
+        stdout: fifos.uri("out"),
+        ..StdioPaths::default()
+    };
+    let streams = run(&fixture, "[\"print\", \"0123456789\", \"1000\"]", &paths).await;
+    streams.drained().await;
+    drop(streams);
+    // No writer is left as soon as the pump has been told.
+    let mut fifo = open_reader(&fifos.path("out"));
+    let mut rest = Vec::new();
+    while let Err(error) = fifo.read_to_end(&mut rest) {
+        assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
 async fn stdin_is_passed_on_to_its_end() {
     let fixture = fixture().await;
     let fifos = Fifos::new(&["in", "out"]);

@@ -88,6 +88,7 @@ impl Host for FakeHost {
                 hostname: "pod".to_owned(),
                 ..Default::default()
             },
+            loopback: None,
             guard: Box::new(Arc::clone(&self.made)),
         })
     }

@@ -598,6 +598,25 @@ async fn metrics_are_of_the_type_that_containerd_reads() {
 }
 
 #[tokio::test]
+async fn update_with_a_bandwidth_changes_the_pods_and_needs_no_resources() {
+    let pod = Pod::of(&["sleep"]).await;
+    let bandwidth = |value: &str| api::UpdateTaskRequest {
+        id: "c1".to_owned(),
+        annotations: [(
+            "kubernetes.io/egress-bandwidth".to_owned(),
+            value.to_owned(),
+        )]
+        .into(),
+        ..Default::default()
+    };
+    let update = async |value| pod.task.update(patiently(), &bandwidth(value)).await;
+    assert_eq!(code(update("10M").await), Code::NOT_FOUND);
+    pod.create().await.unwrap();
+    update("10M").await.unwrap();
+    assert_eq!(code(update("fast").await), Code::INVALID_ARGUMENT);
+}
+
+#[tokio::test]
 async fn update_takes_resources_of_the_oci_spec_and_nothing_else() {
     let pod = Pod::of(&["sleep"]).await;
     let memory = |limit: u64| format!("{{\"memory\":{{\"limit\":{limit}}}}}");

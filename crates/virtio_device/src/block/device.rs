@@ -19,7 +19,7 @@ use super::{
     MAX_WRITE_ZEROES_SECTORS, QUEUE_SIZE, SEG_MAX, SIZE_MAX,
 };
 use crate::device::read_config_bytes;
-use crate::{Activation, DeviceError, DeviceState, GuestSpace, VirtioDevice, Worker};
+use crate::{Activation, DeviceError, DeviceState, GuestSpace, Limiter, VirtioDevice, Worker};
 
 /// Version of [`BlockState`].
 const STATE_VERSION: u16 = 1;
@@ -43,6 +43,8 @@ pub struct BlockOptions {
     pub serial: String,
     /// Request queues, 1 to 64.
     pub queues: u16,
+    /// What holds its requests to a rate; several disks may share it. The default has no limit.
+    pub limiter: Arc<Limiter>,
 }
 
 /// A block device; see the module's documentation.
@@ -56,6 +58,7 @@ pub(super) struct Shared {
     pub(super) disk: Arc<dyn DiskIo>,
     pub(super) serial: [u8; ID_BYTES],
     pub(super) metrics: BlockMetrics,
+    pub(super) limiter: Arc<Limiter>,
     capacity: u64,
     access: Access,
     /// The `writeback` field of configuration space, which the driver may change at any time.
@@ -109,6 +112,7 @@ impl Block {
             disk: options.disk,
             serial,
             metrics: BlockMetrics::default(),
+            limiter: options.limiter,
             capacity: size / SECTOR_BYTES,
             access: options.access,
             writeback: AtomicBool::new(true),

@@ -49,6 +49,16 @@ pub(super) enum Request {
     Refused(RequestStatus),
 }
 
+impl Request {
+    /// The bytes that it reads or writes, for limits; discards and zeroes are holes, which cost none.
+    pub(super) fn bytes(&self) -> u64 {
+        match self {
+            Self::Read { len, .. } | Self::Write { len, .. } => u64::from(*len),
+            _ => 0,
+        }
+    }
+}
+
 /// Where the status byte is: the last writable one, whatever the framing (§2.7.4.1).
 pub(super) fn status_offset(chain: &Chain) -> Result<u32, ChainFault> {
     chain

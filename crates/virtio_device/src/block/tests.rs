@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use ids::{Limit, Rate};
 use proptest::prelude::*;
 use virtio_testdriver::{Buffer, ChainBuilder, DESC_WRITE, TestDriver, TestMemory};
 use virtio_wire::Features;
@@ -18,7 +19,9 @@ use virtio_wire::blk::{
 
 use super::*;
 use crate::testing::{Space, TestInterrupt, activation, counter, kick, queue_state};
-use crate::{DeviceError, DeviceState, IoSlices, QueueState, VirtioDevice, Worker};
+use crate::{
+    DeviceError, DeviceState, Event, IoSlices, Limiter, Progress, QueueState, VirtioDevice, Worker,
+};
 
 const SECTORS: u64 = 64;
 const DISK: u64 = SECTORS * 512;
@@ -78,6 +81,7 @@ struct Rig {
     block: Block,
     worker: Box<dyn Worker>,
     interrupt: Arc<TestInterrupt>,
+    limiter: Arc<Limiter>,
 }
 
 fn options(disk: &Arc<TestDisk>, access: Access) -> BlockOptions {
@@ -86,6 +90,7 @@ fn options(disk: &Arc<TestDisk>, access: Access) -> BlockOptions {
         access,
         serial: "scratch-0".into(),
         queues: 2,
+        limiter: Default::default(),
     }
 }
 
@@ -100,7 +105,9 @@ impl Rig {
             flushes: AtomicU64::new(0),
             calls: Mutex::default(),
         });
-        let mut block = Block::new(options(&disk, access)).unwrap();
+        let options = options(&disk, access);
+        let limiter = Arc::clone(&options.limiter);
+        let mut block = Block::new(options).unwrap();
         let mut mem = TestMemory::new(4 << 20);
         let driver = TestDriver::new(&mut mem, 64);
         let interrupt = Arc::new(TestInterrupt::default());
@@ -119,6 +126,7 @@ impl Rig {
             block,
             worker,
             interrupt,
+            limiter,
         }
     }
 
@@ -746,4 +754,29 @@ fn options_out_of_bounds_are_refused() {
     assert!(make("twenty-one bytes here", 1).is_err());
     assert!(make("", 0).is_err());
     assert!(make("", 65).is_err());
+}
+
+#[test]
+fn requests_over_the_limit_wait_and_cost_what_they_move() {
+    let mut rig = Rig::new(Access::ReadWrite, Features::NONE);
+    let limit = |bytes| Limit {
+        bytes: Rate::new(bytes).map(|rate| rate.with_burst(4096.try_into().unwrap())),
+        operations: None,
+    };
+    rig.limiter.set(limit(1));
+    assert_eq!(rig.read(0, 2048).0, RequestStatus::OK);
+    assert_eq!(rig.limiter.wait(), None, "half of the burst is left");
+    assert_eq!(rig.write(0, &[1; 2560]), RequestStatus::OK);
+    assert!(rig.limiter.wait().is_some());
+    let chain = rig
+        .header(RequestType::IN, 0)
+        .writable(&mut rig.mem, 512)
+        .writable(&mut rig.mem, 1);
+    rig.driver.add(&mut rig.mem, &chain);
+    let progress = rig.worker.handle(Event::Queue(0)).unwrap();
+    assert!(matches!(progress, Progress::Later(_)), "{progress:?}");
+    assert!(rig.driver.pop_used().is_none());
+    rig.limiter.set(Limit::default());
+    assert_eq!(rig.worker.handle(Event::Queue(0)).unwrap(), Progress::Idle);
+    assert!(rig.driver.pop_used().is_some());
 }

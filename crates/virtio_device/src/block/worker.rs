@@ -60,9 +60,9 @@ impl<S: GuestSpace> Worker for BlockWorker<S> {
             ..
         } = self;
         let index = queue.index();
-        queue.serve(&*memory, &**interrupt, chain, |chain| {
-            executor.run(&*memory, chain, index)
-        })
+        let limiter = &executor.shared.limiter;
+        let run = |chain: &Chain| executor.run(&*memory, chain, index);
+        queue.serve_within(&*memory, &**interrupt, chain, (|| limiter.wait(), run))
     }
 
     fn pause(&mut self) -> Vec<(u16, QueueState)> {
@@ -86,6 +86,7 @@ impl Executor {
         let request = request::parse(mem, chain, &self.limits)?.map_err(bad)?;
         let status_at = request::status_offset(chain).map_err(bad)?;
         let (status, data) = self.execute(mem, chain, &request)?;
+        self.shared.limiter.took(request.bytes());
         if chain.writable.write_at(mem, status_at, &[status.0])? != 1 {
             return Err(bad(ChainFault::BadLayout));
         }

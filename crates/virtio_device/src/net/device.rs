@@ -15,7 +15,7 @@ use super::tap::{FrameIo, Offload, Offloads};
 use super::worker::NetWorker;
 use super::{MAX_CHAIN_BYTES, NetMetrics, QUEUE_SIZE};
 use crate::device::read_config_bytes;
-use crate::{Activation, DeviceError, DeviceState, GuestSpace, VirtioDevice, Worker};
+use crate::{Activation, DeviceError, DeviceState, GuestSpace, Limiter, VirtioDevice, Worker};
 
 const STATE_VERSION: u16 = 1;
 
@@ -27,6 +27,17 @@ pub struct NetOptions {
     pub mac: [u8; 6],
     /// Bytes of the largest IP packet.
     pub mtu: u16,
+    /// What holds its traffic to a rate.
+    pub limits: NetLimits,
+}
+
+/// What holds a card's traffic to a rate, each way; several cards may share it. The default has no limit.
+#[derive(Clone, Debug, Default)]
+pub struct NetLimits {
+    /// Frames to the guest.
+    pub ingress: Arc<Limiter>,
+    /// Frames from the guest, those that are dropped among them.
+    pub egress: Arc<Limiter>,
 }
 
 /// A network card; see the module's documentation.
@@ -40,6 +51,7 @@ pub(super) struct Shared {
     pub(super) config: NetConfig,
     /// What stands for the tap where workers are watched; see [`super::worker`].
     pub(super) readiness: Epoll,
+    pub(super) limits: NetLimits,
     pub(super) metrics: NetMetrics,
 }
 
@@ -66,6 +78,7 @@ impl Net {
                     mtu: options.mtu,
                 },
                 readiness,
+                limits: options.limits,
                 metrics: NetMetrics::default(),
             }),
         })

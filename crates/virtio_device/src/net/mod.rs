@@ -20,7 +20,7 @@ mod tap;
 mod tests;
 mod worker;
 
-pub use device::{Net, NetOptions, NetState};
+pub use device::{Net, NetLimits, NetOptions, NetState};
 pub use metrics::NetMetrics;
 pub use tap::{FrameIo, Offload, Offloads, Tap};
 

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
+use ids::{Limit, Rate};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
@@ -17,7 +18,7 @@ use virtio_wire::{DeviceId, Features};
 
 use super::*;
 use crate::testing::{Space, TestInterrupt, activation, counter, kick, queue_state};
-use crate::{ChainFault, DeviceError, DeviceState, Event, Progress, VirtioDevice, Worker};
+use crate::{ChainFault, DeviceError, DeviceState, Event, Limiter, Progress, VirtioDevice, Worker};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
@@ -46,6 +47,7 @@ struct Rig {
     interrupt: Arc<TestInterrupt>,
     io: Arc<Socket>,
     network: OwnedFd,
+    limits: NetLimits,
 }
 
 fn rig(features: Features) -> Rig {
@@ -58,10 +60,12 @@ fn rig(features: Features) -> Rig {
         fd,
         offloads: Mutex::default(),
     });
+    let limits = NetLimits::default();
     let mut net = Net::new(NetOptions {
         io: Arc::clone(&io) as Arc<dyn FrameIo>,
         mac: MAC,
         mtu: 1500,
+        limits: limits.clone(),
     })
     .unwrap();
     let interrupt = Arc::new(TestInterrupt::default());
@@ -80,6 +84,7 @@ fn rig(features: Features) -> Rig {
         interrupt,
         io,
         network,
+        limits,
     }
 }
 
@@ -368,6 +373,7 @@ fn pause_puts_back_buffers_taken_ahead_and_a_restored_device_uses_them() {
         io: Arc::clone(&rig.io) as Arc<dyn FrameIo>,
         mac: MAC,
         mtu: 1500,
+        limits: Default::default(),
     })
     .unwrap();
     VirtioDevice::<Space>::restore(&mut restored, &state).unwrap();
@@ -442,4 +448,72 @@ proptest! {
             prop_assert!(got.len() == expected.len() || expected.len() > 1518);
         }
     }
+}
+
+/// A limit that is in debt for the rest of any test.
+fn exhaust(limiter: &Limiter) {
+    limiter.set(Limit {
+        bytes: Rate::new(1000),
+        operations: None,
+    });
+    limiter.took(100_000_000);
+}
+
+#[test]
+fn frames_over_the_limit_wait_in_the_queue_and_go_when_it_is_lifted() {
+    let mut rig = rig(Features::NONE);
+    exhaust(&rig.limits.egress);
+    let bytes = [&NetHeader::default().to_bytes()[..], &frame(60)].concat();
+    for _ in 0..3 {
+        let chain = ChainBuilder::new().readable(&mut rig.mem, &bytes);
+        rig.transmit.add(&mut rig.mem, &chain);
+    }
+    let event = Event::Queue(TRANSMIT_QUEUE);
+    let progress = rig.worker.handle(event).unwrap();
+    assert!(matches!(progress, Progress::Later(wait) if wait.as_secs() > 1000));
+    assert_eq!(rig.sent(), None);
+    assert!(rig.transmit.drain_used().is_empty());
+    rig.limits.egress.set(Limit::default());
+    assert_eq!(rig.worker.handle(event).unwrap(), Progress::Idle);
+    for _ in 0..3 {
+        assert_eq!(rig.sent().unwrap(), bytes);
+    }
+    // An empty queue waits for a kick, limit or no limit.
+    exhaust(&rig.limits.egress);
+    assert_eq!(rig.worker.handle(event).unwrap(), Progress::Idle);
+}
+
+#[test]
+fn frames_over_the_limit_wait_in_the_tap_and_wake_nobody() {
+    let mut rig = rig(Features::NONE);
+    rig.buffer(2048);
+    rig.buffer(2048);
+    rig.worker.handle(Event::Queue(RECEIVE_QUEUE)).unwrap();
+    rig.arrive(&frame(60));
+    assert!(rig.is_readable());
+    exhaust(&rig.limits.ingress);
+    let progress = rig.worker.handle(Event::Source(0)).unwrap();
+    assert!(matches!(progress, Progress::Later(_)), "{progress:?}");
+    assert!(!rig.is_readable());
+    assert!(rig.receive.drain_used().is_empty());
+    rig.limits.ingress.set(Limit::default());
+    assert_eq!(rig.worker.handle(Event::Source(0)).unwrap(), Progress::Idle);
+    assert_eq!(rig.receive.drain_used().len(), 1);
+}
+
+#[test]
+fn each_way_has_its_own_limit_and_counts_without_the_header() {
+    let mut rig = rig(Features::NONE);
+    let limit = Limit {
+        bytes: Rate::new(1).map(|rate| rate.with_burst(61.try_into().unwrap())),
+        operations: None,
+    };
+    exhaust(&rig.limits.ingress);
+    rig.limits.egress.set(limit);
+    rig.send(NetHeader::default(), &frame(60));
+    assert!(rig.sent().is_some());
+    // One token is left.
+    rig.send(NetHeader::default(), &frame(60));
+    assert!(rig.sent().is_some());
+    assert!(rig.limits.egress.wait().is_some());
 }

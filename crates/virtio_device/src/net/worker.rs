@@ -86,13 +86,18 @@ impl<S: GuestSpace> NetWorker<S> {
         let (mut frames, mut bytes) = (0u32, 0u64);
         // The same from frame to frame: only what a frame has used is replaced.
         let mut slices = receive.slices(mem)?;
-        let next = loop {
+        let limiter = &self.shared.limits.ingress;
+        let (watch, progress) = loop {
+            if let Some(wait) = limiter.wait() {
+                // Frames wait in the tap's queue, which drops what is too much, as a slow link does.
+                break (Some(Watch::Off), Progress::Later(wait));
+            }
             if frames >= MAX_CHAINS_PER_WAKE || bytes >= MAX_BYTES_PER_WAKE {
-                break None;
+                break (None, Progress::More);
             }
             if !receive.prepare(mem, &mut slices)? {
                 metrics.starved.increment();
-                break Some(Watch::Off);
+                break (Some(Watch::Off), Progress::Idle);
             }
             match slices.read_from(tap) {
                 Ok(len) if len > HEADER_BYTES => {
@@ -100,26 +105,28 @@ impl<S: GuestSpace> NetWorker<S> {
                     slices.advance(behind as usize);
                     frames = frames.saturating_add(1);
                     bytes = bytes.saturating_add(len as u64);
+                    limiter.took(len.saturating_sub(HEADER_BYTES) as u64);
                     metrics.received_frames.increment();
                     metrics
                         .received_bytes
                         .add(len.saturating_sub(HEADER_BYTES) as u64);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break Some(Watch::On),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    break (Some(Watch::On), Progress::Idle);
+                }
                 Ok(_) | Err(_) => {
                     metrics.host_errors.increment();
-                    break Some(Watch::Lost);
+                    break (Some(Watch::Lost), Progress::Idle);
                 }
             }
         };
         if frames > 0 {
             receive.queue().notify(mem, &*self.interrupt)?;
         }
-        let Some(watch) = next else {
-            return Ok(Progress::More);
-        };
-        self.set_watch(watch);
-        Ok(Progress::Idle)
+        if let Some(watch) = watch {
+            self.set_watch(watch);
+        }
+        Ok(progress)
     }
 
     fn set_watch(&mut self, watch: Watch) {
@@ -156,10 +163,13 @@ impl<S: GuestSpace> NetWorker<S> {
         let Some(queue) = transmit else {
             return Ok(Progress::Idle);
         };
-        queue.serve(mem, &**interrupt, chain, |chain| {
+        let limiter = &shared.limits.egress;
+        let send = |chain: &Chain| {
             send_frame(mem, shared, *features, chain)?;
+            limiter.took(u64::from(chain.readable.len().saturating_sub(HEADER_LEN)));
             Ok(0)
-        })
+        };
+        queue.serve_within(mem, &**interrupt, chain, (|| limiter.wait(), send))
     }
 }
 

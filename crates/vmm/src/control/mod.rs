@@ -15,12 +15,14 @@
 //! The shim is trusted, so a message that does not parse ends the VMM. The VMM is not: the shim's side takes every
 //! message as hostile (capped size, capped descriptors, unknown fields refused).
 
+mod limits;
 mod socket;
 
 use serde::{Deserialize, Serialize};
 
 use crate::boot::BootProtocol;
 
+pub use limits::{LimitConfig, LimitsConfig, RateConfig};
 pub use socket::{ControlSocket, Received};
 
 /// The largest message, either way. A dump of a VM with all its devices takes a tenth.
@@ -62,6 +64,8 @@ pub enum Request {
         /// The name by which the guest mounts it, at most 36 bytes.
         tag: String,
     },
+    /// Hold traffic to these limits from now on; what is not in them is not limited.
+    SetLimits(LimitsConfig),
     /// The end of the guest's console output.
     ConsoleTail,
     /// All counters and states, as JSON.
@@ -102,6 +106,9 @@ pub struct Config {
     /// Network cards, at most [`MAX_NETWORKS`].
     #[serde(default)]
     pub networks: Vec<NetworkConfig>,
+    /// What traffic is held to.
+    #[serde(default)]
+    pub limits: LimitsConfig,
     /// How many disks there can be at one time.
     pub disk_slots: u16,
     /// Who the VMM is once it is in its jail; none for tests that run without root.

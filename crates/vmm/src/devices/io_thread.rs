@@ -4,7 +4,7 @@
 //! A thread that runs the workers of some devices, around one epoll descriptor.
 //!
 //! It never takes a window's lock, so a vCPU that holds one may wait for it. A worker that says it has more to do
-//! goes to the end of a queue, so that none starves the others.
+//! goes to the end of a queue, so that none starves the others; one that a limit stops is called again in time.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -12,6 +12,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use virtio_device::{DeviceError, Event, Progress, QueueState, Worker};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -37,6 +38,7 @@ enum Command {
         index: u16,
         reply: SyncSender<Vec<(u16, QueueState)>>,
     },
+    LookAgain,
     Quit,
 }
 
@@ -70,6 +72,7 @@ impl IoThread {
             workers: BTreeMap::new(),
             watches: BTreeMap::new(),
             again: VecDeque::new(),
+            later: Vec::new(),
             next_id: 1,
         };
         event_loop
@@ -81,6 +84,11 @@ impl IoThread {
             wake,
             thread: Some(thread),
         })
+    }
+
+    /// Calls whoever waits for a limit, because the limit has changed.
+    pub fn look_again(&self) {
+        self.send(Command::LookAgain);
     }
 
     fn send(&self, command: Command) {
@@ -135,7 +143,7 @@ struct Job {
 }
 
 /// What a token stands for.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Watch {
     worker: u64,
     event: Event,
@@ -149,6 +157,8 @@ struct Loop {
     watches: BTreeMap<u64, Watch>,
     /// What is to be done without a further event.
     again: VecDeque<Watch>,
+    /// What is to be done without a further event, from a moment on; each watch is there once at most.
+    later: Vec<(Instant, Watch)>,
     /// For workers and tokens; never used twice.
     next_id: u64,
 }
@@ -161,9 +171,8 @@ impl Loop {
     fn run(&mut self) {
         let mut events = [EpollEvent::default(); EVENTS];
         loop {
-            let timeout = if self.again.is_empty() { -1 } else { 0 };
             // Fails only when interrupted.
-            let count = self.epoll.wait(timeout, &mut events).unwrap_or(0);
+            let count = self.epoll.wait(self.timeout(), &mut events).unwrap_or(0);
             for event in events.iter().take(count) {
                 match event.data() {
                     COMMAND_TOKEN => {
@@ -175,12 +184,34 @@ impl Loop {
                     token => self.on_event(token),
                 }
             }
+            self.take_up_what_is_due();
             for _ in 0..self.again.len() {
                 if let Some(watch) = self.again.pop_front() {
                     self.handle(watch);
                 }
             }
         }
+    }
+
+    /// How long nothing need be done without an event, in epoll's milliseconds, rounded up.
+    fn timeout(&self) -> i32 {
+        if !self.again.is_empty() {
+            return 0;
+        }
+        let Some(first) = self.later.iter().map(|(due, _)| *due).min() else {
+            return -1;
+        };
+        let wait = first.saturating_duration_since(Instant::now());
+        i32::try_from(wait.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
+    }
+
+    fn take_up_what_is_due(&mut self) {
+        if self.later.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let due = self.later.extract_if(.., |(due, _)| *due <= now);
+        self.again.extend(due.map(|(_, watch)| watch));
     }
 
     fn obey_commands(&mut self) -> std::ops::ControlFlow<()> {
@@ -198,6 +229,10 @@ impl Loop {
                 }
                 Command::Stop { index, reply } => {
                     let _ = reply.send(self.remove(index));
+                }
+                Command::LookAgain => {
+                    self.again
+                        .extend(self.later.drain(..).map(|(_, watch)| watch));
                 }
                 Command::Quit => return std::ops::ControlFlow::Break(()),
             }
@@ -277,6 +312,7 @@ impl Loop {
                 positions.extend(job.worker.pause());
             }
             self.again.retain(|watch| watch.worker != id);
+            self.later.retain(|(_, watch)| watch.worker != id);
         }
         positions
     }
@@ -324,6 +360,13 @@ impl Loop {
         match job.worker.handle(watch.event) {
             Ok(Progress::Idle) => {}
             Ok(Progress::More) => self.again.push_back(watch),
+            Ok(Progress::Later(wait)) => {
+                self.later.retain(|(_, other)| *other != watch);
+                // A wait that no clock can tell is as good as none.
+                if let Some(due) = Instant::now().checked_add(wait) {
+                    self.later.push((due, watch));
+                }
+            }
             Err(error) => self.fail(watch.worker, &error),
         }
     }

@@ -12,6 +12,8 @@
 
 mod bus;
 mod io_thread;
+#[cfg(test)]
+mod io_thread_tests;
 mod signals;
 #[cfg(test)]
 mod tests;

@@ -69,6 +69,7 @@ pub(crate) fn config() -> Config {
         console_log: false,
         disks: Vec::new(),
         networks: Vec::new(),
+        limits: Default::default(),
         disk_slots: 24,
         jail: Some(JailConfig {
             uid: 64999,

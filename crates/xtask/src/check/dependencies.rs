@@ -21,8 +21,9 @@ const MAP: &[(&str, &[&str])] = &[
     ("pod_spec", &["agent_proto", "ids"]),
     ("shim_api", &[]),
     ("task_state", &["ids"]),
-    // one netlink socket, for host and guest
+    // for host and guest: a netlink socket, and both ends of a forwarded connection
     ("route_netlink", &[]),
+    ("port_forward", &[]),
     // the VMM
     ("virtio_device", &["ids", "virtio_wire"]),
     ("seccomp_filters", &["ids"]),
@@ -39,7 +40,7 @@ const MAP: &[(&str, &[&str])] = &[
     ("driver_embedded", &["hypervisor", "ids", "vmm"]),
     ("driver_fake", &["agent_proto", "hypervisor", "ids"]),
     // a pod
-    ("agent_client", &["agent_proto", "ids"]),
+    ("agent_client", &["agent_proto", "ids", "port_forward"]),
     (
         "pod_storage",
         &["agent_proto", "hypervisor", "ids", "pod_spec"],
@@ -79,7 +80,13 @@ const MAP: &[(&str, &[&str])] = &[
     ("oci_process", &["ids"]),
     (
         "agent_core",
-        &["agent_proto", "ids", "oci_process", "route_netlink"],
+        &[
+            "agent_proto",
+            "ids",
+            "oci_process",
+            "port_forward",
+            "route_netlink",
+        ],
     ),
     (
         "agent",
@@ -115,6 +122,7 @@ const TEST_ONLY: &[&str] = &[
     "pod_network",
     "pod_spec",
     "pod_storage",
+    "port_forward",
     "sandbox",
     "shim_api",
     "task_state",

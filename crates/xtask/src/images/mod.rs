@@ -3,9 +3,11 @@
 
 //! Container images for demo and tests, made on this machine without a registry.
 //!
-//! Two archives, which `ctr images import` reads: [`small`], a few images on Debian's static busybox, and
-//! [`software`], servers from Debian packages on one root file system. Both are cached by what they are made from.
+//! Archives, which `ctr images import` reads: [`small`], a few images on Debian's static busybox, and software from
+//! Debian packages: [`software`], servers on one root file system, [`postgres`] and [`gcc`]. All are cached by what they
+//! are made from.
 
+mod debian;
 mod oci;
 
 use std::fs;
@@ -17,41 +19,16 @@ use anyhow::{Context, Result};
 use serde_json::json;
 
 use self::oci::{Image, Layer};
-use crate::{apt, cache, process, step};
+use crate::{cache, process, step};
+
+pub(crate) use self::debian::{SOFTWARE, gcc, postgres, software};
 
 /// The file name of [`small`]'s archive.
 pub(crate) const SMALL: &str = "small.tar";
-/// The file name of [`software`]'s archive.
-pub(crate) const SOFTWARE: &str = "software.tar";
 
 const BUSYBOX: &str = "/bin/busybox";
-/// Part of each cache key: a change of these files is a change of the images.
+/// Part of the cache key: a change of these files is a change of the images.
 const RECIPE: &str = concat!(include_str!("mod.rs"), include_str!("oci.rs"));
-
-/// Packages on the root file system of [`software`].
-const SOFTWARE_PACKAGES: &str = "nginx-light,redis-server,python3,busybox-static,base-passwd";
-/// What no container of the tests reads; a third of the bytes.
-const NOT_UNPACKED: &[&str] = &[
-    "/usr/share/doc/*",
-    "/usr/share/man/*",
-    "/usr/share/locale/*",
-    "/usr/share/perl*",
-    "/usr/lib/x86_64-linux-gnu/perl*",
-    "/usr/share/lintian/*",
-    "/usr/share/vim/*",
-    "/usr/lib/x86_64-linux-gnu/gconv/*",
-];
-/// What the packages' own scripts would have done, which do not run when packages are only unpacked.
-const SET_UP: &str = r#"set -e; cd "$1"
-cp usr/share/base-passwd/passwd.master etc/passwd; cp usr/share/base-passwd/group.master etc/group
-mkdir -p etc/nginx/sites-enabled var/lib/nginx var/log/nginx run tmp proc sys dev srv; chmod 1777 tmp
-ln -s busybox bin/sh; ln -s busybox bin/wget
-echo 'server { listen 127.0.0.1:80; location / { return 200 "served by nginx\n"; } }' > etc/nginx/sites-enabled/default
-rm -rf var/cache/apt var/lib/apt var/lib/dpkg"#;
-/// A server that stops on SIGTERM with an exit code of its own; a program that is PID 1 must ask for the signal.
-const PYTHON_SERVER: &str = "import http.server, signal, sys
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
-http.server.HTTPServer(('127.0.0.1', 8000), http.server.SimpleHTTPRequestHandler).serve_forever()";
 
 /// An archive with `coffer.test/busybox`, `busybox-user` (with a user, a working directory and a variable),
 /// `busybox-layers` (two layers, the upper one with a whiteout) and `pause`.
@@ -66,22 +43,6 @@ pub(crate) fn small() -> Result<PathBuf> {
         step::step("busybox images", || make_small(folder))
     })?;
     Ok(folder.join(SMALL))
-}
-
-/// An archive with `coffer.test/nginx`, `redis` and `python`.
-///
-/// # Errors
-/// When Debian's packages cannot be downloaded.
-pub(crate) fn software() -> Result<PathBuf> {
-    let packages = apt::version("mmdebstrap").unwrap_or_default();
-    let key = cache::Key::default()
-        .part("recipe", RECIPE)
-        .part("mmdebstrap", packages);
-    let name = "images of nginx, redis and python from Debian packages";
-    let folder = cache::entry("images", key, |folder| {
-        step::step(name, || make_software(folder))
-    })?;
-    Ok(folder.join(SOFTWARE))
 }
 
 /// Puts an archive into the built tree, without a copy where one file system holds both.
@@ -155,54 +116,4 @@ fn make_small(folder: &Path) -> Result<()> {
         },
     ];
     oci::write_archive(&images, &folder.join(SMALL))
-}
-
-fn make_software(folder: &Path) -> Result<()> {
-    let staging = tempfile::tempdir_in(folder).context("cannot stage an image")?;
-    let root = staging.path().join("root.tar");
-    let mut mmdebstrap = Command::new("mmdebstrap");
-    mmdebstrap.args([
-        "--variant=extract",
-        "--aptopt=APT::Install-Recommends \"false\"",
-    ]);
-    mmdebstrap
-        .arg(format!("--include={SOFTWARE_PACKAGES}"))
-        .arg(format!("--extract-hook={SET_UP}"));
-    mmdebstrap.args(
-        NOT_UNPACKED
-            .iter()
-            .map(|pattern| format!("--dpkgopt=path-exclude={pattern}")),
-    );
-    mmdebstrap
-        .arg("bookworm")
-        .arg(&root)
-        .env("SOURCE_DATE_EPOCH", "0");
-    process::logged(
-        &mut mmdebstrap,
-        &crate::workspace::logs().join("mmdebstrap.log"),
-    )?;
-
-    let layer = Layer::of_tar(&root)?;
-    let layers = [&layer];
-    let environment = json!(["PATH=/usr/sbin:/usr/bin:/sbin:/bin"]);
-    let image = |name, command: serde_json::Value| Image {
-        name,
-        layers: &layers,
-        config: json!({"Cmd": command, "Env": environment, "WorkingDir": "/srv"}),
-    };
-    let images = [
-        image(
-            "coffer.test/nginx:latest",
-            json!(["nginx", "-g", "daemon off;"]),
-        ),
-        image(
-            "coffer.test/redis:latest",
-            json!(["redis-server", "--save", "", "--bind", "127.0.0.1"]),
-        ),
-        image(
-            "coffer.test/python:latest",
-            json!(["python3", "-c", PYTHON_SERVER]),
-        ),
-    ];
-    oci::write_archive(&images, &folder.join(SOFTWARE))
 }

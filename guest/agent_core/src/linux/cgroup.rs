@@ -14,7 +14,7 @@ use ids::ContainerId;
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::cpuset;
+use super::cpuset::{self, Vcpus};
 use crate::Error;
 use crate::error::Context as _;
 
@@ -54,8 +54,8 @@ pub(super) fn make(
     container: &ContainerId,
     resources: Option<&LinuxResources>,
 ) -> Result<(), Error> {
-    let vcpus = vcpus();
-    let settings = resources.map(|resources| settings(resources, vcpus));
+    let vcpus = Vcpus::now();
+    let settings = resources.map(|resources| settings(resources, &vcpus));
     let settings = settings.transpose()?.unwrap_or_default();
     let directory = directory(container);
     fs::create_dir(&directory).step(|| format!("making the cgroup {}", directory.display()))?;
@@ -237,17 +237,11 @@ fn limit(value: i64, field: &str) -> Result<String, Error> {
     }
 }
 
-/// How many vCPUs there are at present.
-pub(super) fn vcpus() -> u32 {
-    let count = std::thread::available_parallelism().map_or(1, usize::from);
-    u32::try_from(count).unwrap_or(u32::MAX)
-}
-
-/// The files of cgroup v2 and their values, in the order of writing, for a guest with `vcpus` vCPUs.
+/// The files of cgroup v2 and their values, in the order of writing, for a guest with these vCPUs.
 ///
 /// # Errors
 /// [`Error::Resource`] for what cgroup v2 cannot do.
-pub(super) fn settings(resources: &LinuxResources, vcpus: u32) -> Result<Vec<Setting>, Error> {
+pub(super) fn settings(resources: &LinuxResources, vcpus: &Vcpus) -> Result<Vec<Setting>, Error> {
     let mut all = Vec::new();
     if let Some(cpu) = resources.cpu() {
         cpu_settings(cpu, vcpus, &mut all)?;
@@ -317,7 +311,7 @@ pub(super) fn settings(resources: &LinuxResources, vcpus: u32) -> Result<Vec<Set
     Ok(all)
 }
 
-fn cpu_settings(cpu: &LinuxCpu, vcpus: u32, all: &mut Vec<Setting>) -> Result<(), Error> {
+fn cpu_settings(cpu: &LinuxCpu, vcpus: &Vcpus, all: &mut Vec<Setting>) -> Result<(), Error> {
     refuse(
         cpu.realtime_runtime().is_some_and(|value| value != 0)
             || cpu.realtime_period().is_some_and(|value| value != 0),
@@ -483,7 +477,11 @@ mod tests {
     use super::*;
 
     fn of(json: serde_json::Value) -> Result<Vec<(String, String)>, String> {
-        settings(&serde_json::from_value(json).unwrap(), 2)
+        let vcpus = Vcpus {
+            online: 2,
+            all: "0-3".to_owned(),
+        };
+        settings(&serde_json::from_value(json).unwrap(), &vcpus)
             .map(|all| all.into_iter().map(|one| (one.file, one.value)).collect())
             .map_err(|error| error.to_string())
     }

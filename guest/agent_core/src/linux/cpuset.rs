@@ -13,23 +13,44 @@
 //! | another | as many, each its number modulo the vCPUs, or the next that is free |
 
 use std::collections::BTreeSet;
+use std::fs;
 
 /// The kernel's largest `NR_CPUS` on x86-64.
 const MAX_CPUS: u32 = 8192;
 
-/// The value for `cpuset.cpus` of a guest with `vcpus` vCPUs.
+/// The guest's vCPUs.
+#[derive(Debug)]
+pub(super) struct Vcpus {
+    /// How many there are at present, numbered from 0.
+    pub(super) online: u32,
+    /// A list of all that there may ever be. A cpuset with processes in it takes no empty list, which would say the same.
+    pub(super) all: String,
+}
+
+impl Vcpus {
+    pub(super) fn now() -> Self {
+        let online = std::thread::available_parallelism().map_or(1, usize::from);
+        let possible = fs::read_to_string("/sys/devices/system/cpu/possible");
+        Self {
+            online: u32::try_from(online).unwrap_or(u32::MAX),
+            all: possible.map_or_else(|_| "0".to_owned(), |list| list.trim().to_owned()),
+        }
+    }
+}
+
+/// The value for `cpuset.cpus`.
 ///
 /// # Errors
 /// A text that says what is wrong with the list.
-pub(super) fn for_guest(list: &str, vcpus: u32) -> Result<String, String> {
+pub(super) fn for_guest(list: &str, guest: &Vcpus) -> Result<String, String> {
+    let vcpus = guest.online;
     let asked = parse(list).ok_or_else(|| format!("{list:?} is no list of processors"))?;
     if asked.iter().all(|cpu| *cpu < vcpus) {
         return Ok(list.trim().to_owned());
     }
     let count = u32::try_from(asked.len()).unwrap_or(u32::MAX);
     if count >= vcpus {
-        // An empty line means the parent's: no bytes at all would be no write.
-        return Ok("\n".to_owned());
+        return Ok(guest.all.clone());
     }
     let mut chosen = BTreeSet::new();
     for cpu in asked {
@@ -61,6 +82,11 @@ fn parse(list: &str) -> Option<BTreeSet<u32>> {
 mod tests {
     use super::*;
 
+    fn for_guest(list: &str, online: u32) -> Result<String, String> {
+        let all = "0-15".to_owned();
+        super::for_guest(list, &Vcpus { online, all })
+    }
+
     #[test]
     fn list_of_vcpus_is_kept() {
         assert_eq!(for_guest("0", 1).unwrap(), "0");
@@ -69,8 +95,8 @@ mod tests {
 
     #[test]
     fn list_as_long_as_the_vcpus_is_all_of_them() {
-        assert_eq!(for_guest("7", 1).unwrap(), "\n");
-        assert_eq!(for_guest("0-63", 2).unwrap(), "\n");
+        assert_eq!(for_guest("7", 1).unwrap(), "0-15");
+        assert_eq!(for_guest("0-63", 2).unwrap(), "0-15");
     }
 
     #[test]

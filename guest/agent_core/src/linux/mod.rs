@@ -170,20 +170,7 @@ impl System for Linux {
                 .step(|| format!("setting the hostname {name}"))?;
         }
         if plan.wall_clock_ns != 0 {
-            let seconds = plan
-                .wall_clock_ns
-                .checked_div(1_000_000_000)
-                .and_then(|value| i64::try_from(value).ok());
-            let nanos = plan
-                .wall_clock_ns
-                .checked_rem(1_000_000_000)
-                .and_then(|value| i64::try_from(value).ok());
-            let time = Timespec {
-                tv_sec: seconds.unwrap_or(0),
-                tv_nsec: nanos.unwrap_or(0),
-            };
-            rustix::time::clock_settime(ClockId::Realtime, time)
-                .step(|| "setting the clock".to_owned())?;
+            self.set_clock(plan.wall_clock_ns)?;
         }
         if plan.shm_bytes != 0 {
             boot::resize_shm(plan.shm_bytes)?;
@@ -300,6 +287,12 @@ impl System for Linux {
             .iter()
             .map(|serial| self.disks.release(serial))
             .fold(Ok(()), Result::and)
+    }
+
+    fn set_clock(&self, wall_clock_ns: u64) -> Result<(), Error> {
+        let time = Timespec::try_from(std::time::Duration::from_nanos(wall_clock_ns));
+        let time = time.map_err(|_| Error::Internal("setting a clock beyond its end"))?;
+        rustix::time::clock_settime(ClockId::Realtime, time).step(|| "setting the clock".to_owned())
     }
 
     fn power_off(&self) {

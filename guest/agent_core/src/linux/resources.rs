@@ -14,6 +14,7 @@ use oci_spec::runtime::LinuxResources;
 
 use super::Linux;
 use super::cgroup::{self, Setting};
+use super::cpuset::Vcpus;
 use crate::Error;
 use crate::error::Context as _;
 use crate::system::Cgroups;
@@ -61,11 +62,12 @@ fn thaw(directory: &Path) -> io::Result<()> {
 /// Writes all settings or none: everything is checked that can be before the first, and a failure sets back what went
 /// before it.
 fn update(directory: &Path, resources: &LinuxResources) -> Result<(), Error> {
-    let settings = cgroup::settings(resources, cgroup::vcpus())?;
+    let vcpus = Vcpus::now();
+    let settings = cgroup::settings(resources, &vcpus)?;
     check_usage(directory, resources)?;
     let before = settings
         .iter()
-        .map(|setting| Ok((setting, previous(directory, setting)?)))
+        .map(|setting| Ok((setting, previous(directory, setting, &vcpus)?)))
         .collect::<Result<Vec<_>, Error>>()?;
     for (done, setting) in settings.iter().enumerate() {
         if let Err(error) = cgroup::apply(directory, setting) {
@@ -99,7 +101,7 @@ fn check_usage(directory: &Path, resources: &LinuxResources) -> Result<(), Error
 }
 
 /// What to write to undo a setting; `None` for a file that keeps no value.
-fn previous(directory: &Path, setting: &Setting) -> Result<Option<String>, Error> {
+fn previous(directory: &Path, setting: &Setting, vcpus: &Vcpus) -> Result<Option<String>, Error> {
     let text = match fs::read_to_string(directory.join(&setting.file)) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound && !setting.optional => {
@@ -118,9 +120,10 @@ fn previous(directory: &Path, setting: &Setting) -> Result<Option<String>, Error
                 || format!("{device} rbps=max wbps=max riops=max wiops=max"),
                 str::to_owned,
             ),
+        ("cpuset.cpus", _) if text.trim().is_empty() => vcpus.all.clone(),
         _ => text.lines().next().unwrap_or_default().to_owned(),
     };
-    // An empty list of CPUs is written as an empty line: no bytes at all would be no write.
+    // An empty list is written as an empty line: no bytes at all would be no write.
     Ok(Some(line + "\n"))
 }
 
@@ -228,7 +231,9 @@ mod tests {
                 field: "unified[io.max]".to_owned(),
                 optional: false,
             };
-            previous(folder.path(), &setting).unwrap().unwrap()
+            previous(folder.path(), &setting, &Vcpus::now())
+                .unwrap()
+                .unwrap()
         };
         assert_eq!(
             of("8:0 rbps=1"),

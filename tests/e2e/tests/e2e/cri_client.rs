@@ -172,17 +172,25 @@ impl Kubelet {
     }
 
     pub(crate) fn exec(&self, container: &str, command: &[&str]) -> Executed {
+        self.try_exec(container, command).unwrap()
+    }
+
+    pub(crate) fn try_exec(
+        &self,
+        container: &str,
+        command: &[&str],
+    ) -> Result<Executed, tonic::Status> {
         let request = v1::ExecSyncRequest {
             container_id: container.to_owned(),
             cmd: command.iter().map(|word| (*word).to_owned()).collect(),
             timeout: i64::try_from(DEADLINE.as_secs()).unwrap(),
         };
-        let response = call!(self, exec_sync, request).unwrap();
-        Executed {
+        let response = call!(self, exec_sync, request)?;
+        Ok(Executed {
             code: response.exit_code,
             stdout: String::from_utf8_lossy(&response.stdout).into_owned(),
             stderr: String::from_utf8_lossy(&response.stderr).into_owned(),
-        }
+        })
     }
 
     pub(crate) fn stop(&self, container: &str, grace: Duration) {
@@ -241,6 +249,29 @@ impl Kubelet {
             cpu.usage_core_nano_seconds.unwrap().value,
             memory.working_set_bytes.unwrap().value,
         )
+    }
+
+    /// The CPU time of a container in ns, as the list of all containers' figures has it.
+    pub(crate) fn usage_in_list(&self, container: &str) -> u64 {
+        let request = v1::ListContainerStatsRequest { filter: None };
+        let all = call!(self, list_container_stats, request).unwrap().stats;
+        let is_it = |stats: &v1::ContainerStats| {
+            let attributes = stats.attributes.as_ref();
+            attributes.is_some_and(|attributes| attributes.id == container)
+        };
+        let stats = all.into_iter().find(is_it).unwrap();
+        stats.cpu.unwrap().usage_core_nano_seconds.unwrap().value
+    }
+
+    /// The bytes that a pod's eth0 has received and sent.
+    pub(crate) fn network(&self, pod: &Pod) -> (u64, u64) {
+        let request = v1::PodSandboxStatsRequest {
+            pod_sandbox_id: pod.id.clone(),
+        };
+        let stats = call!(self, pod_sandbox_stats, request).unwrap().stats;
+        let network = stats.unwrap().linux.unwrap().network.unwrap();
+        let eth0 = network.default_interface.unwrap();
+        (eth0.rx_bytes.unwrap().value, eth0.tx_bytes.unwrap().value)
     }
 
     /// The containers of a pod for which there are figures.
@@ -312,16 +343,96 @@ impl Kubelet {
         .unwrap();
     }
 
+    /// The ids of all pods that containerd knows.
+    pub(crate) fn all_pods(&self) -> Vec<String> {
+        let listed = call!(
+            self,
+            list_pod_sandbox,
+            v1::ListPodSandboxRequest { filter: None }
+        );
+        let items = listed.unwrap().items;
+        items.into_iter().map(|pod| pod.id).collect()
+    }
+
+    /// Waits until containerd answers, after it was away.
+    pub(crate) fn await_containerd(&self) {
+        eventually("containerd answers", || {
+            let list = v1::ListPodSandboxRequest { filter: None };
+            call!(self, list_pod_sandbox, list).ok()
+        });
+    }
+
+    /// Stops and removes every pod that containerd knows, as a kubelet does with those that it does not.
+    pub(crate) fn remove_all_pods(&self) {
+        self.await_containerd();
+        for pod_sandbox_id in self.all_pods() {
+            let stop = v1::StopPodSandboxRequest {
+                pod_sandbox_id: pod_sandbox_id.clone(),
+            };
+            call!(self, stop_pod_sandbox, stop).unwrap();
+            let remove = v1::RemovePodSandboxRequest { pod_sandbox_id };
+            call!(self, remove_pod_sandbox, remove).unwrap();
+        }
+        assert_eq!(self.all_pods(), Vec::<String>::new());
+    }
+
+    /// Leaves its pods to others.
+    pub(crate) fn forget_pods(&mut self) {
+        self.pods.clear();
+    }
+
+    /// Where a port of a pod is forwarded to.
+    pub(crate) fn port_forward(&self, pod: &Pod, port: u16) -> String {
+        let request = v1::PortForwardRequest {
+            pod_sandbox_id: pod.id.clone(),
+            port: vec![i32::from(port)],
+        };
+        call!(self, port_forward, request).unwrap().url
+    }
+
+    /// Where a command in a container is reached, with a terminal.
+    pub(crate) fn exec_url(&self, container: &str, command: &[&str]) -> String {
+        let request = v1::ExecRequest {
+            container_id: container.to_owned(),
+            cmd: command.iter().map(|word| (*word).to_owned()).collect(),
+            tty: true,
+            stdin: true,
+            stdout: true,
+            stderr: false,
+        };
+        call!(self, exec, request).unwrap().url
+    }
+
+    /// Where a container's own input and output are reached.
+    pub(crate) fn attach_url(&self, container: &str) -> String {
+        let request = v1::AttachRequest {
+            container_id: container.to_owned(),
+            tty: false,
+            stdin: true,
+            stdout: true,
+            stderr: true,
+        };
+        call!(self, attach, request).unwrap().url
+    }
+
+    /// Renames a container's log and has a new one begun. What the old one has, as [`Self::log`] gives it.
+    pub(crate) fn rotate_log(&self, container: &str, name: &str, attempt: u32) -> String {
+        let log = self.logs.join(format!("{name}_{attempt}.log"));
+        let old = self.logs.join("rotated.log");
+        fs::rename(&log, &old).unwrap();
+        let request = v1::ReopenContainerLogRequest {
+            container_id: container.to_owned(),
+        };
+        call!(self, reopen_container_log, request).unwrap();
+        // Nothing is written to the old one once the call has answered.
+        lines_of(&fs::read_to_string(old).unwrap(), "stdout")
+    }
+
     /// The lines that a container logged to `stream`, without CRI's time stamps and tags.
     pub(crate) fn log(&self, name: &str, attempt: u32, stream: &str) -> String {
         let text =
             fs::read_to_string(self.logs.join(format!("{name}_{attempt}.log"))).unwrap_or_default();
-        let of_stream = |line: &str| {
-            let mut fields = line.splitn(4, ' ');
-            (fields.nth(1) == Some(stream))
-                .then(|| fields.nth(1).unwrap_or_default().to_owned() + "\n")
-        };
-        text.lines().filter_map(of_stream).collect()
+        lines_of(&text, stream)
     }
 }
 
@@ -346,6 +457,15 @@ impl Drop for Kubelet {
         }
         let _ = fs::remove_dir_all(&self.logs);
     }
+}
+
+/// A log's lines of one stream, without CRI's time stamps and tags.
+fn lines_of(log: &str, stream: &str) -> String {
+    let of_stream = |line: &str| {
+        let mut fields = line.splitn(4, ' ');
+        (fields.nth(1) == Some(stream)).then(|| fields.nth(1).unwrap_or_default().to_owned() + "\n")
+    };
+    log.lines().filter_map(of_stream).collect()
 }
 
 /// A kubelet's default: pod-wide network and ipc, a pid namespace for each container.

@@ -4,21 +4,11 @@
 //! Whatever is killed, containerd learns the truth, `delete` works, and nothing is left.
 
 use e2e::{
-    BUSYBOX, Container, Node, RUNTIME, children_named, eventually, named, parent_of,
-    process_exists, run, spawn,
+    BUSYBOX, Container, ContainerdDown, Node, RUNTIME, children_named, eventually, kill_9, named,
+    parent_of, process_exists, run, spawn,
 };
 use std::io::{BufRead, BufReader};
 use std::sync::{Arc, Mutex};
-
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-
-fn kill_9(pid: i32) {
-    kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
-    eventually("a killed process is gone", || {
-        (!process_exists(pid)).then_some(())
-    });
-}
 
 fn only(pids: &[i32]) -> i32 {
     assert_eq!(pids.len(), 1, "{pids:?}");
@@ -129,37 +119,6 @@ fn exit_while_containerd_is_down_is_told_afterwards() {
     drop(down);
     container.wait_stopped();
     assert_eq!(container.delete_task(), 137);
-}
-
-/// A node without containerd, until it is started again, at the latest when this is dropped.
-struct ContainerdDown;
-
-impl ContainerdDown {
-    fn kill() -> Self {
-        kill_9(only(&named("containerd")));
-        Self
-    }
-}
-
-impl Drop for ContainerdDown {
-    fn drop(&mut self) {
-        restart_containerd();
-    }
-}
-
-/// Starts containerd as the node's boot did.
-fn restart_containerd() {
-    run(
-        "sh",
-        &[
-            "-c",
-            "setsid containerd >> /run/containerd.log 2>&1 < /dev/null &",
-        ],
-    )
-    .success();
-    eventually("containerd serves again", || {
-        (run("ctr", &["version"]).code == 0).then_some(())
-    });
 }
 
 /// Kills a process of a container that is just being made, at each of several moments of its making.

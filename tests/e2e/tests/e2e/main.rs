@@ -6,18 +6,25 @@
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod bad_input;
+mod churn;
 mod cofferctl;
+mod complaints;
 mod cri;
 mod cri_client;
 mod faults;
 mod host_folders;
 mod isolation;
 mod lifecycle;
+mod limits;
 mod network;
 mod pod_security;
 mod resources;
 mod sandbox_api;
 mod software;
+mod streaming;
 mod streams;
 mod terminal;
+mod truth;
 mod volumes;
+mod web_socket;
+mod workloads;

@@ -449,7 +449,7 @@ fn user_groups_capabilities_and_paths_are_the_security_contexts() {
         security(config).run_as_user = Some(v1::Int64Value { value: 0 });
     });
     assert_ne!(says(&kubelet, &open, "ls /sys/kernel"), "");
-    says(&kubelet, &open, "echo 1 > /proc/sys/net/ipv4/ip_forward");
+    says(&kubelet, &open, "echo 1 > /proc/sys/kernel/shm_rmid_forced");
 }
 
 #[test]

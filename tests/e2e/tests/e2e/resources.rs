@@ -43,7 +43,7 @@ fn seconds(times: &str) -> f64 {
 
 /// Whether `figure` is within 5 % of the truth.
 #[track_caller]
-fn assert_close(figure: f64, truth: f64, what: &str) {
+pub(crate) fn assert_close(figure: f64, truth: f64, what: &str) {
     assert!(
         (figure / truth - 1.0).abs() <= 0.05,
         "{what}: {figure} is not within 5 % of {truth}"

@@ -35,7 +35,7 @@ impl PodDir {
     }
 
     /// A volume that kubelet writes; `plugin` is "configmap", "secret" or the like.
-    fn written(&self, plugin: &str, name: &str) -> PathBuf {
+    pub(crate) fn written(&self, plugin: &str, name: &str) -> PathBuf {
         let plugin = format!("kubernetes.io~{plugin}");
         let path = self.path.join("volumes").join(plugin).join(name);
         fs::create_dir_all(&path).unwrap();
@@ -75,7 +75,7 @@ impl PodDir {
     }
 
     /// An emptyDir as kubelet makes it: open to all.
-    fn empty_dir(&self, name: &str) -> PathBuf {
+    pub(crate) fn empty_dir(&self, name: &str) -> PathBuf {
         let path = self.path.join("volumes/kubernetes.io~empty-dir").join(name);
         fs::create_dir_all(&path).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
@@ -83,7 +83,7 @@ impl PodDir {
     }
 
     /// An emptyDir of medium Memory with a sizeLimit.
-    fn memory_dir(&mut self, name: &str, size: &str) -> PathBuf {
+    pub(crate) fn memory_dir(&mut self, name: &str, size: &str) -> PathBuf {
         let path = self.empty_dir(name);
         let options = format!("size={size},mode=0777");
         let place = path.to_str().unwrap();
@@ -128,7 +128,7 @@ impl Drop for PodDir {
 
 /// Gives a volume its next state as kubelet's atomic writer does: a directory of its own, and a link that is renamed
 /// over the old one.
-fn write(volume: &Path, state: &str, files: &[(&str, &str)]) {
+pub(crate) fn write(volume: &Path, state: &str, files: &[(&str, &str)]) {
     let folder = volume.join(state);
     fs::create_dir(&folder).unwrap();
     for (name, content) in files {
@@ -509,10 +509,10 @@ while True:
             raise SystemExit
 ";
 
-const PYTHON: &str = "coffer.test/python:latest";
+pub(crate) const PYTHON: &str = "coffer.test/python:latest";
 
 /// The image with Python, for CRI too.
-fn import_python() {
+pub(crate) fn import_python() {
     let pass = format!("ctr -n default images export - {PYTHON} | ctr -n k8s.io images import -");
     run("sh", &["-c", &pass]).success();
 }
