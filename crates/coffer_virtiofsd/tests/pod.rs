@@ -89,6 +89,7 @@ impl Pod {
             events: Arc::new(Nobody),
             deadlines: Deadlines::default(),
             file_server: PROGRAM.into(),
+            boot: sandbox::Boot::AtOnce,
         });
         Self { node, sandbox }
     }

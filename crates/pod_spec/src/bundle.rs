@@ -7,10 +7,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
 use ids::{Bytes, ContainerId, SandboxId};
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
 use crate::block_devices::BlockDevice;
 use crate::config::Guest;
+use crate::description;
 use crate::error::SpecError;
 use crate::host_folders::HostFolder;
 use crate::host_mounts::HostMounts;
@@ -24,9 +25,6 @@ pub const MAX_SPEC_BYTES: usize = 2 << 20;
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
 const RUNC_GROUP: &str = "io.containerd.runc.v2.group";
-
-/// The kernel's and runc's default size of `/dev/shm`.
-const DEFAULT_SHM: Bytes = Bytes(64 << 20);
 
 /// What a container is to its sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +48,11 @@ pub struct PodSpec {
     pub sysctls: BTreeMap<String, String>,
     /// The size of the pod's `/dev/shm`.
     pub shm: Bytes,
+}
+
+impl PodSpec {
+    /// The kernel's and runc's default size of `/dev/shm`.
+    pub(crate) const DEFAULT_SHM: Bytes = Bytes(64 << 20);
 }
 
 /// What the agent needs of a container.
@@ -123,6 +126,54 @@ impl Bundle {
         let spec: Spec = serde_json::from_slice(json).map_err(SpecError::Json)?;
         let role = role(&spec)?;
         Ok(Self { spec, role })
+    }
+
+    /// Makes the container a member of `sandbox`, a pod that was described without a spec: `files` of the pod's, each a
+    /// place in the container and a file of the host, are mounted where the spec mounts nothing.
+    ///
+    /// # Errors
+    /// [`SpecError::Unsupported`].
+    pub fn join(
+        &mut self,
+        sandbox: &SandboxId,
+        files: &[(&str, &std::path::Path)],
+    ) -> Result<(), SpecError> {
+        self.role = Role::Member(sandbox.clone());
+        let mut asked = self.asked_namespaces();
+        let mounts = self.spec.mounts().clone().unwrap_or_default();
+        let mounts = description::member_mounts(mounts, &asked, files);
+        self.spec.set_mounts(Some(mounts));
+        namespaces::of_described_member(&mut asked)?;
+        self.set_namespaces(asked);
+        Ok(())
+    }
+
+    /// Puts the container into the guest's namespaces where it asks for the node's ([`crate::HostNamespaces::Guest`]).
+    ///
+    /// # Errors
+    /// [`SpecError::Unsupported`].
+    pub fn use_guest_namespaces(&mut self) -> Result<(), SpecError> {
+        let mut asked = self.asked_namespaces();
+        namespaces::of_guest(&mut asked, &self.role)?;
+        self.set_namespaces(asked);
+        Ok(())
+    }
+
+    fn asked_namespaces(&self) -> Vec<LinuxNamespace> {
+        let linux = self.spec.linux().as_ref();
+        let asked = linux.and_then(|linux| linux.namespaces().clone());
+        asked.unwrap_or_default()
+    }
+
+    fn set_namespaces(&mut self, namespaces: Vec<LinuxNamespace>) {
+        if let Some(linux) = self.spec.linux_mut() {
+            linux.set_namespaces(Some(namespaces));
+        }
+    }
+
+    /// Whether there is a container in it: the bundle of a pod that is described later may have a spec without one.
+    pub fn has_process(&self) -> bool {
+        self.spec.process().is_some()
     }
 
     /// What the container is to its sandbox.
@@ -206,7 +257,7 @@ impl Bundle {
             size: limits.pod_size(guest, node)?,
             hostname: self.spec.hostname().clone().filter(|name| !name.is_empty()),
             sysctls,
-            shm: DEFAULT_SHM,
+            shm: PodSpec::DEFAULT_SHM,
         })
     }
 

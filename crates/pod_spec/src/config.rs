@@ -64,9 +64,21 @@ pub struct Guest {
     pub overhead_memory: Mib,
     /// `max_memory_mib`: the most that a VM can have.
     pub max_memory: Mib,
+    /// `host_namespaces`: what a container gets that asks for the node's PID or IPC namespace, or, without a pod, for its
+    /// network.
+    pub host_namespaces: HostNamespaces,
     /// `ready_timeout_s`: how long the agent may take to report, from the VM's start. More than 60 s are also what it has for
     /// making a container.
     pub ready_timeout: Duration,
+}
+
+/// What a container gets that asks for namespaces of the node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostNamespaces {
+    /// An error that says so.
+    Refused,
+    /// The guest's, which is the machine that it runs on.
+    Guest,
 }
 
 /// `[vmm]`: the embedded VMM.
@@ -255,6 +267,14 @@ impl Guest {
             kernel: text.path("guest.kernel", "/opt/coffer/share/coffer/vmlinux"),
             initramfs: text.path("guest.initramfs", "/opt/coffer/share/coffer/initramfs"),
             kernel_arguments: text.strings("guest.kernel_arguments"),
+            host_namespaces: text.choice(
+                "guest.host_namespaces",
+                &[
+                    ("refused", HostNamespaces::Refused),
+                    ("guest", HostNamespaces::Guest),
+                ],
+                HostNamespaces::Refused,
+            ),
             default_vcpus: vcpus(text, "guest.default_vcpus", 1),
             max_vcpus: vcpus(text, "guest.max_vcpus", 64),
             spare_vcpus: text.number("guest.spare_vcpus", 3, (0, 63)),

@@ -6,6 +6,7 @@
 //! ```text
 //! config.toml ──RuntimeConfig::parse──> RuntimeConfig ─┐
 //! config.json ──Bundle::parse──> Bundle ──────────────┼─> Bundle::pod ───────> PodSpec        (sizes the VM)
+//! CreateSandbox ───────────────> PodDescription ───────┼─> PodDescription::pod ─> PodSpec
 //! mountinfo ────HostMounts::parse──> HostMounts ───────┴─> Bundle::container ─> ContainerSpec  (what the agent gets)
 //! ```
 //!
@@ -18,6 +19,7 @@ mod block_devices;
 mod bundle;
 mod config;
 mod config_text;
+mod description;
 mod devices;
 mod error;
 mod host_folders;
@@ -36,10 +38,11 @@ mod volumes;
 pub use block_devices::BlockDevice;
 pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role, SubPath};
 pub use config::{
-    Debug, FileServer, Guest, Log, LogLevel, MIN_VM_MEMORY, MetadataService, Network,
-    RuntimeConfig, Storage, Traffic, Vmm,
+    Debug, FileServer, Guest, HostNamespaces, Log, LogLevel, MIN_VM_MEMORY, MetadataService,
+    Network, RuntimeConfig, Storage, Traffic, Vmm,
 };
 pub use config_text::{ConfigError, ConfigMistake};
+pub use description::PodDescription;
 pub use error::SpecError;
 pub use host_folders::{FolderAccess, FolderPropagation, HostFolder, MAX_WRITABLE_MOUNTS};
 pub use host_mounts::HostMounts;

@@ -5,7 +5,8 @@
 //!
 //! | asked for | what the container gets in the guest |
 //! |---|---|
-//! | network, ipc, uts | the guest's own, which are the pod's |
+//! | network | the guest's own, which is the pod's |
+//! | ipc, uts | the guest's own, which are the pod's; a member of a pod that leaves the path out has its own |
 //! | pid without a path | a namespace of its own |
 //! | pid, path to the pod's sandbox process | the pod's (`shareProcessNamespace: true`) |
 //! | pid, path to another container's process | that container's (`kubectl debug --target`) |
@@ -25,6 +26,10 @@ use crate::error::SpecError;
 /// process of the host reaches (docs/decisions/0004-pids.md).
 const FIRST_GUEST_PID: u32 = 4_194_304;
 
+/// As CRI names the pod's: any process of the host's below [`FIRST_GUEST_PID`] stands for the sandbox.
+const SANDBOX_PID_PATH: &str = "/proc/1/ns/pid";
+const SANDBOX_IPC_PATH: &str = "/proc/1/ns/ipc";
+
 /// The namespaces for the guest.
 ///
 /// # Errors
@@ -43,8 +48,8 @@ pub(crate) fn translate(
             .filter(|path| !path.as_os_str().is_empty());
         match (kind, path, role) {
             (LinuxNamespaceType::Network | LinuxNamespaceType::Cgroup, _, _)
-            | (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, _, Role::Member(_))
-            | (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, None, _) => {}
+            | (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, Some(_), Role::Member(_))
+            | (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, None, Role::Standalone) => {}
             (LinuxNamespaceType::Pid, Some(path), Role::Member(_)) => {
                 guest.push(shared_pid_namespace(path)?);
             }
@@ -58,6 +63,39 @@ pub(crate) fn translate(
         guest.push(new_namespace(LinuxNamespaceType::Mount, None)?);
     }
     Ok(guest)
+}
+
+/// Adds what a member of a pod leaves out that containerd's Sandbox API describes: the network is the pod's, and what is
+/// not asked to be shared by a path is the container's own.
+pub(crate) fn of_described_member(asked: &mut Vec<LinuxNamespace>) -> Result<(), SpecError> {
+    for kind in [
+        LinuxNamespaceType::Network,
+        LinuxNamespaceType::Ipc,
+        LinuxNamespaceType::Uts,
+        LinuxNamespaceType::Pid,
+    ] {
+        if !has(asked, kind) {
+            asked.push(new_namespace(kind, None)?);
+        }
+    }
+    Ok(())
+}
+
+/// Adds what the container leaves out to be in the node's, where the node's config has it be the guest's: a member's
+/// processes are in the pod's PID namespace then. A pod without a network stays one that is refused.
+pub(crate) fn of_guest(asked: &mut Vec<LinuxNamespace>, role: &Role) -> Result<(), SpecError> {
+    if !has(asked, LinuxNamespaceType::Pid) {
+        let shared = matches!(role, Role::Member(_)).then(|| SANDBOX_PID_PATH.to_owned());
+        asked.push(new_namespace(LinuxNamespaceType::Pid, shared)?);
+    }
+    if !has(asked, LinuxNamespaceType::Ipc) {
+        let shared = matches!(role, Role::Member(_)).then(|| SANDBOX_IPC_PATH.to_owned());
+        asked.push(new_namespace(LinuxNamespaceType::Ipc, shared)?);
+    }
+    if *role == Role::Standalone && !has(asked, LinuxNamespaceType::Network) {
+        asked.push(new_namespace(LinuxNamespaceType::Network, None)?);
+    }
+    Ok(())
 }
 
 /// Refuses a spec that leaves out a namespace, for then it means the host's, and one with a user namespace.
@@ -170,6 +208,45 @@ mod tests {
         let guest = of(&with_pid_path("/proc/4194347/ns/pid"), &member()).unwrap();
         let place = Some("/proc/43/ns/pid".to_owned());
         assert_eq!(guest.first(), Some(&("pid".to_owned(), place)));
+    }
+
+    fn kinds(list: &[LinuxNamespace]) -> Vec<String> {
+        let kind = |namespace: &LinuxNamespace| namespace.typ().to_string();
+        list.iter().map(kind).collect()
+    }
+
+    #[test]
+    fn member_of_a_described_pod_shares_what_it_names_by_a_path() {
+        let mut asked: Vec<LinuxNamespace> =
+            serde_json::from_str(r#"[{"type":"mount"},{"type":"uts","path":"/proc/1/ns/uts"}]"#)
+                .unwrap();
+        of_described_member(&mut asked).unwrap();
+        let guest = translate(&asked, &member()).unwrap();
+        assert_eq!(kinds(&guest), ["mount", "ipc", "pid", "cgroup"]);
+        assert!(guest.iter().all(|namespace| namespace.path().is_none()));
+    }
+
+    #[test]
+    fn namespaces_of_the_node_are_the_guests_where_the_config_says_so() {
+        let left_out = || vec![new_namespace(LinuxNamespaceType::Mount, None).unwrap()];
+        let mut alone = left_out();
+        of_guest(&mut alone, &Role::Standalone).unwrap();
+        let guest = translate(&alone, &Role::Standalone).unwrap();
+        assert_eq!(kinds(&guest), ["mount", "pid", "cgroup"]);
+
+        let mut pods = left_out();
+        of_guest(&mut pods, &member()).unwrap();
+        let error = translate(&pods, &member()).unwrap_err().to_string();
+        assert!(error.contains("hostNetwork"), "{error}");
+        pods.push(
+            new_namespace(LinuxNamespaceType::Network, Some("/proc/7/ns/net".into())).unwrap(),
+        );
+        let guest = translate(&pods, &member()).unwrap();
+        assert_eq!(kinds(&guest), ["mount", "pid", "cgroup"]);
+        assert_eq!(
+            guest[1].path().as_deref(),
+            Some(Path::new("/run/coffer/pause/ns/pid"))
+        );
     }
 
     #[test]

@@ -82,7 +82,7 @@ fn check_seccomp(seccomp: &LinuxSeccomp) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn check_sysctl(key: &str) -> Result<(), SpecError> {
+pub(crate) fn check_sysctl(key: &str) -> Result<(), SpecError> {
     let namespaced = NAMESPACED.contains(&key)
         || NAMESPACED_GROUPS
             .iter()

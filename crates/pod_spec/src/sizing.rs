@@ -76,6 +76,15 @@ impl Limits {
         })
     }
 
+    /// From CRI's sums over a pod's containers; what is not positive is no limit.
+    pub(crate) fn of_pod(quota: i64, period: i64, memory: i64, huge_pages: Bytes) -> Self {
+        Self {
+            cpu: positive(quota).zip(positive(period)),
+            memory: positive(memory).map(Bytes),
+            huge_pages,
+        }
+    }
+
     /// From the resources of a container that has no pod.
     pub(crate) fn from_resources(resources: Option<&LinuxResources>) -> Self {
         let cpu = resources.and_then(|resources| resources.cpu().as_ref());

@@ -55,6 +55,14 @@ pub enum StorageError {
         /// Its value.
         value: String,
     },
+    /// More images than a container may have.
+    #[error(
+        "the rootfs has more than {max} layers that are images: use the overlayfs snapshotter, or an image with fewer layers"
+    )]
+    TooManyImages {
+        /// The most.
+        max: usize,
+    },
     /// Host files are too many or too large to be copied.
     #[error(
         "{} is too large to be copied into the guest: at most {bytes} bytes in {entries} files",

@@ -57,6 +57,15 @@ pub(crate) fn cached(
     Ok((serial, file))
 }
 
+/// An image of a layer that a snapshotter has made. It never changes, so containers that name it share it.
+pub(crate) fn foreign(path: &Path) -> Result<(DiskSerial, File), StorageError> {
+    let file = open_image(path)?.ok_or_else(|| {
+        StorageError::io("open", path)(io::Error::other("no EROFS image is there"))
+    })?;
+    let key = key(std::slice::from_ref(&path.to_owned()))?;
+    Ok((serial("e", &key)?, file))
+}
+
 /// An image of one container's own directory. It has no name and goes with its last user.
 pub(crate) fn build_private(
     config: &pod_spec::Storage,

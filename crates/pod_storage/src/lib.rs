@@ -12,6 +12,7 @@
 //! | `overlay` | its lower directories as one EROFS image, built once per node; a filled upper directory as one more |
 //! | read-only `bind` of a committed snapshot | the same |
 //! | writable `bind`, or a plain directory | an EROFS image of its own |
+//! | `erofs` images under an `overlay` of them | the images as they are |
 //! | `ext4`, `xfs` on a block device or an image file | the device |
 //!
 //! Nothing is ever mounted where somebody else sees it, and no file has a name before it is whole: a build happens in an
@@ -27,6 +28,7 @@ mod error;
 mod ext4;
 mod image;
 mod live;
+mod mount_list;
 mod plan;
 mod volumes;
 mod watch;
@@ -127,6 +129,13 @@ impl Store {
     ) -> Result<Rootfs, StorageError> {
         match plan::plan(mounts, directory)? {
             RootfsPlan::Layers { lowers, upper } => self.layers(id, &lowers, upper.as_deref()),
+            RootfsPlan::Images(paths) => {
+                let images: Result<Vec<Disk>, StorageError> = paths
+                    .iter()
+                    .map(|path| image::foreign(path).map(|(serial, file)| read_only(serial, file)))
+                    .collect();
+                Ok(layered(images?))
+            }
             RootfsPlan::Directory(path) => {
                 let serial = image::private_serial("t", id)?;
                 let file = image::build_private(&self.config, std::slice::from_ref(&path))?;

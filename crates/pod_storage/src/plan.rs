@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::StorageError;
+use crate::mount_list;
 
 /// One of containerd's mounts, as in `CreateTaskRequest.rootfs`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -28,6 +29,8 @@ pub enum RootfsPlan {
         /// What a container has written before; usually empty.
         upper: Option<PathBuf>,
     },
+    /// EROFS images of committed layers, topmost first.
+    Images(Vec<PathBuf>),
     /// A directory that is this container's alone.
     Directory(PathBuf),
     /// A file system on a device or in an image file.
@@ -52,10 +55,7 @@ pub(crate) fn plan(mounts: &[RootfsMount], directory: &Path) -> Result<RootfsPla
     let mount = match mounts {
         [] => return Ok(RootfsPlan::Directory(directory.to_owned())),
         [mount] => mount,
-        several => {
-            let types: Vec<&str> = several.iter().map(|mount| mount.fs_type.as_str()).collect();
-            return Err(StorageError::UnknownRootfs(types.join("+")));
-        }
+        several => return mount_list::images(several).map(RootfsPlan::Images),
     };
     match mount.fs_type.as_str() {
         "overlay" => overlay(&mount.options),
@@ -207,10 +207,10 @@ mod tests {
             "{error}"
         );
         let two = plan(
-            &[mount("erofs", "", &[]), mount("overlay", "", &[])],
+            &[mount("zfs", "", &[]), mount("overlay", "", &[])],
             Path::new("/"),
         )
         .unwrap_err();
-        assert!(two.to_string().contains("erofs+overlay"));
+        assert!(two.to_string().contains("zfs+overlay"));
     }
 }

@@ -331,3 +331,38 @@ fn device_image_is_passed_as_it_is() {
     assert_eq!(text, "disk");
     assert!(matches!(rootfs.form, RootfsForm::Disk { ref fs_type, .. } if fs_type == "ext4"));
 }
+
+#[test]
+fn images_of_a_snapshotter_are_handed_over_as_they_are() {
+    let node = node();
+    let layer = node.layer("one", &[("file", "x")]);
+    let image = node.dir.path().join("layer.erofs");
+    let made = Command::new("mkfs.erofs").arg(&image).arg(&layer).output();
+    assert!(made.unwrap().status.success());
+    let mounts = |source: &Path| {
+        let mount = |fs_type: &str, source: &Path, option: &str| RootfsMount {
+            fs_type: fs_type.to_owned(),
+            source: source.display().to_string(),
+            options: vec![option.to_owned()],
+        };
+        [
+            mount("erofs", source, "loop"),
+            mount(
+                "format/mkdir/overlay",
+                Path::new("overlay"),
+                "lowerdir={{ mount 0 }}",
+            ),
+        ]
+    };
+    let rootfs = |id: &str, source: &Path| {
+        let id = id.parse().unwrap();
+        node.store
+            .rootfs(&id, &mounts(source), Path::new("/nowhere"))
+    };
+    let one = rootfs("c1", &image).unwrap();
+    let two = rootfs("c2", &image).unwrap();
+    assert_eq!(one.form, two.form, "containers share it");
+    assert!(matches!(&one.form, RootfsForm::Layered(serials) if serials.len() == 1));
+    let text = rootfs("c3", &layer.join("file")).unwrap_err();
+    assert!(matches!(text, StorageError::Io { .. }), "{text}");
+}

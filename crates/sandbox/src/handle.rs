@@ -30,6 +30,15 @@ impl SandboxHandle {
         Self { inputs, ended }
     }
 
+    /// Starts the VM of a sandbox that waits for this ([`crate::Boot::WhenAsked`]). Answers at once.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::AlreadyExists`] if it was started before; [`SandboxErrorKind::Unavailable`] if the sandbox is
+    /// ending.
+    pub async fn boot(&self) -> Result<(), SandboxError> {
+        self.ask(Request::Boot).await
+    }
+
     /// Makes a task and its init process, which waits for [`Self::start`]. Answers the task's number. The first task
     /// waits for the VM.
     ///
@@ -177,6 +186,14 @@ impl SandboxHandle {
     /// [`SandboxErrorKind::NotFound`]; any kind if the guest does not answer and never has.
     pub async fn stats(&self, container: ContainerId) -> Result<TaskStats, SandboxError> {
         self.ask(|reply| Request::Stats(container, reply)).await
+    }
+
+    /// Waits until there is no VM, or answers at once if none was started.
+    ///
+    /// # Errors
+    /// [`SandboxErrorKind::Unavailable`] after the sandbox's end.
+    pub async fn vm_ended(&self) -> Result<(), SandboxError> {
+        self.ask(Request::VmEnded).await
     }
 
     /// Ends the sandbox if no task is left; [`Self::ended`] then answers soon.

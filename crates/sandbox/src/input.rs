@@ -57,6 +57,7 @@ pub(crate) struct Made {
 /// What a caller asks; see the methods of [`crate::SandboxHandle`].
 #[derive(Debug)]
 pub(crate) enum Request {
+    Boot(Reply<()>),
     Create(CreateTask, Reply<Pid>),
     Start(ProcessId, Reply<Pid>),
     Exec(ExecTask, Reply<()>),
@@ -72,6 +73,7 @@ pub(crate) enum Request {
     Update(ContainerId, Vec<u8>, Reply<()>),
     SetLimits(Limits, Reply<()>),
     Stats(ContainerId, Reply<TaskStats>),
+    VmEnded(Reply<()>),
     Shutdown(Reply<()>),
     Terminate,
     Dump(Reply<serde_json::Value>),

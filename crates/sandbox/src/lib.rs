@@ -11,7 +11,8 @@
 //! ```
 //!
 //! * One task owns the sandbox and never waits; what takes time runs beside it and has a bound.
-//! * The VM is started with the sandbox, before any container is asked for.
+//! * The VM is started with the sandbox, before any container is asked for; or when it is asked for, where the pod is
+//!   described only after the sandbox is there.
 //! * Each phase of making a container undoes what it did if it fails or is told to stop. [`SandboxHandle::terminate`] ends
 //!   everything from any phase, any number of times, whoever has died before.
 //! * The VM ends when the sandbox container does, when the last task is deleted, or by itself; every task that lives
@@ -50,7 +51,7 @@ pub use handle::SandboxHandle;
 pub use host::{
     ContainerKind, ContainerPlan, GuestContainer, GuestDisk, GuestRootfs, Host, PodPlan,
 };
-pub use owner::{Deadlines, SandboxOptions, spawn};
+pub use owner::{Boot, Deadlines, SandboxOptions, spawn};
 pub use request::{
     CreateTask, Deleted, ExecTask, KillScope, ProcessInfo, ProcessState, RootfsMount, Shell,
     TaskStats,

@@ -42,6 +42,17 @@ pub struct SandboxOptions {
     pub deadlines: Deadlines,
     /// The program of the file server, which is started when a container mounts the host's own directories.
     pub file_server: PathBuf,
+    /// When the VM starts.
+    pub boot: Boot,
+}
+
+/// When a sandbox's VM starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Boot {
+    /// With the sandbox: what the pod is to be like is known already.
+    AtOnce,
+    /// At [`SandboxHandle::boot`]; until then no container can be made.
+    WhenAsked,
 }
 
 /// How long a sandbox waits for its guest.
@@ -108,7 +119,7 @@ impl Shared {
     }
 }
 
-/// Starts a sandbox's owner task, and with it the VM. Must be called inside a tokio runtime.
+/// Starts a sandbox's owner task, and with it the VM unless that is to wait. Must be called inside a tokio runtime.
 ///
 /// The sandbox lives until [`SandboxHandle::shutdown`] finds it empty or [`SandboxHandle::terminate`] is called, and
 /// while it does, everything of it on the host is its own. Dropping the runtime kills the VM.
@@ -126,7 +137,7 @@ pub fn spawn(options: SandboxOptions) -> SandboxHandle {
         inputs: inputs.clone(),
     });
     let mut owner = Owner {
-        shared: Arc::clone(&shared),
+        shared,
         events: options.events,
         table: TaskTable::default(),
         containers: BTreeMap::new(),
@@ -136,9 +147,13 @@ pub fn spawn(options: SandboxOptions) -> SandboxHandle {
         last_ticket: 0,
         work: JoinSet::new(),
         failure: None,
+        booted: false,
         closing: false,
     };
-    owner.work.spawn(vm::run(shared));
+    match options.boot {
+        Boot::AtOnce => owner.boot(),
+        Boot::WhenAsked => {}
+    }
     tokio::spawn(async move {
         owner.run(received).await;
         drop(owner);
@@ -162,6 +177,8 @@ pub(crate) struct Owner {
     pub(crate) work: JoinSet<()>,
     /// Why there is no VM, once there is none.
     pub(crate) failure: Option<Failure>,
+    /// The VM has been started, whatever became of it.
+    pub(crate) booted: bool,
     /// No task is left, or none matters any more: the end comes with the end of the work.
     pub(crate) closing: bool,
 }
@@ -319,6 +336,12 @@ impl Owner {
             }
             _ => convert::denied(denied),
         }
+    }
+
+    /// Starts the VM. Called once.
+    pub(crate) fn boot(&mut self) {
+        self.booted = true;
+        self.work.spawn(vm::run(Arc::clone(&self.shared)));
     }
 
     /// Ends the VM, once.

@@ -24,6 +24,10 @@ use crate::{dump, stats, vm, work};
 impl Owner {
     pub(crate) fn request(&mut self, request: Request) {
         match request {
+            Request::Boot(reply) => {
+                let answer = self.boot_once();
+                drop(reply.send(answer));
+            }
             Request::Create(task, reply) => self.create(task, reply),
             Request::Exec(task, reply) => {
                 let answer = self.add_exec(task);
@@ -74,6 +78,7 @@ impl Owner {
                 });
             }
             Request::Stats(container, reply) => self.stats(container, reply),
+            Request::VmEnded(reply) => self.tell_vm_ended(reply),
             Request::Shutdown(reply) => drop(reply.send(self.shutdown())),
             Request::Terminate => {
                 self.closing = true;
@@ -103,14 +108,40 @@ impl Owner {
         }
     }
 
+    fn boot_once(&mut self) -> Result<(), SandboxError> {
+        let id = &self.shared.id;
+        if self.closing {
+            let message = format!("sandbox {id} is ending");
+            return Err(SandboxError::new(SandboxErrorKind::Unavailable, message));
+        }
+        if self.booted {
+            let message = format!("sandbox {id} already exists: its VM was started before");
+            return Err(SandboxError::new(SandboxErrorKind::AlreadyExists, message));
+        }
+        self.boot();
+        Ok(())
+    }
+
+    /// Whether a container can be made now.
+    fn takes(&self, container: &ContainerId) -> Result<(), SandboxError> {
+        if *self.shared.ending.borrow() && self.failure.is_none() {
+            let message = format!("container {container}: the sandbox is ending");
+            return Err(SandboxError::new(SandboxErrorKind::Unavailable, message));
+        }
+        if !self.booted {
+            let message = format!("container {container}: its sandbox must be created before it");
+            return Err(SandboxError::new(
+                SandboxErrorKind::FailedPrecondition,
+                message,
+            ));
+        }
+        Ok(())
+    }
+
     fn create(&mut self, task: CreateTask, reply: Reply<Pid>) {
         let container = task.container.clone();
         let ticket = self.ticket(Waiting::Pid(reply));
-        if *self.shared.ending.borrow() && self.failure.is_none() {
-            let error = SandboxError::new(
-                SandboxErrorKind::Unavailable,
-                format!("container {container}: the sandbox is ending"),
-            );
+        if let Err(error) = self.takes(&container) {
             self.answer(ticket, task_state::Answer::Failed(error));
             return;
         }
@@ -336,6 +367,17 @@ impl Owner {
             Some(record) if view.pid != Pid::NONE => Ok((record.role, view)),
             _ => Err(self.not_found(&init)),
         }
+    }
+
+    fn tell_vm_ended(&mut self, reply: Reply<()>) {
+        if !self.booted {
+            return drop(reply.send(Ok(())));
+        }
+        let shared = Arc::clone(&self.shared);
+        self.work.spawn(async move {
+            shared.vm_ended().await;
+            drop(reply.send(Ok(())));
+        });
     }
 
     fn shutdown(&mut self) -> Result<(), SandboxError> {

@@ -16,7 +16,7 @@ use sandbox::{
     ContainerKind, ContainerPlan, CreateTask, Deadlines, GuestContainer, GuestRootfs, Host,
     PodPlan, SandboxError, SandboxErrorKind,
 };
-use shim::{Node, PodParts, PodRequest, Roots, run};
+use shim::{Node, PodParts, PodRequest, PodSource, Roots, run};
 
 struct FakeNode;
 
@@ -26,6 +26,7 @@ impl Node for FakeNode {
             driver: FakeDriver::new(Script::new()),
             host: Arc::new(FakeHost {
                 sandbox: pod.id.clone(),
+                source: pod.source.clone(),
             }),
             deadlines: Deadlines::default(),
         })
@@ -34,6 +35,7 @@ impl Node for FakeNode {
 
 struct FakeHost {
     sandbox: SandboxId,
+    source: PodSource,
 }
 
 impl Host for FakeHost {
@@ -49,6 +51,14 @@ impl Host for FakeHost {
     }
 
     fn plan_container(&self, task: &CreateTask) -> Result<ContainerPlan, SandboxError> {
+        if matches!(self.source, PodSource::Described(_))
+            && task.container.as_str() == self.sandbox.as_str()
+        {
+            return Ok(ContainerPlan {
+                kind: ContainerKind::Sandbox,
+                guard: Box::new(()),
+            });
+        }
         let spec_json = match &task.shell {
             Some(shell) => pod_spec::shell_spec(&shell.args, task.stdio.terminal, &shell.term),
             None => std::fs::read(task.bundle.join("config.json")).map_err(internal)?,

@@ -50,8 +50,8 @@ pub(crate) fn delete(args: &ShimArgs, roots: &Roots) -> Result<Vec<u8>, ShimErro
     let removed = left.as_ref().map_or(Ok(()), remove_sandbox);
     let bundle = bundle(args)?;
     unmount_all(&bundle.join("rootfs"))?;
-    if left.is_some() {
-        sweep_network(&bundle)?;
+    if let Some(left) = &left {
+        sweep_network(left, &bundle)?;
     }
     removed?;
     let mut response = DeleteResponse::new();
@@ -82,14 +82,16 @@ fn remove_sandbox(left: &Leftovers) -> Result<(), ShimError> {
 }
 
 /// Takes from the pod's network namespace what a VM that is gone has left there.
-fn sweep_network(bundle: &Path) -> Result<(), ShimError> {
+fn sweep_network(left: &Leftovers, bundle: &Path) -> Result<(), ShimError> {
     // A bundle that cannot be read was never joined to anything.
-    if let Ok(Some(spec)) = read_bundle(bundle)
-        && let Some(namespace) = spec.network_namespace()
-    {
-        pod_network::sweep(namespace).map_err(ShimError::Network)?;
-    }
-    Ok(())
+    let spec = read_bundle(bundle).ok().flatten();
+    let namespace = left
+        .network
+        .as_deref()
+        .or_else(|| spec.as_ref().and_then(|spec| spec.network_namespace()));
+    namespace.map_or(Ok(()), |namespace| {
+        pod_network::sweep(namespace).map_err(ShimError::Network)
+    })
 }
 
 /// Ends a process, which may take `grace` to do so by itself.

@@ -20,6 +20,9 @@ use rustix::fs::{XattrFlags, getxattr, setxattr};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::error::ShimError;
+use crate::state_dir::StateDir;
+
 /// Marks a cgroup that Coffer has made. `trusted.` attributes work in both cgroup versions and are root's alone.
 const MARK: &str = "trusted.coffer";
 
@@ -161,6 +164,25 @@ pub(crate) fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
     } else {
         v1.into_iter().map(|(_, found)| found).collect()
     }
+}
+
+/// Puts the shim into the pod's cgroup, which is recorded before it is made.
+///
+/// # Errors
+/// [`ShimError::File`] or [`ShimError::Cgroup`].
+pub(crate) fn enter_all(
+    cgroups: &[PodCgroup],
+    shim: Pid,
+    state: &StateDir,
+) -> Result<(), ShimError> {
+    let paths: Vec<PathBuf> = cgroups.iter().map(PodCgroup::path).collect();
+    state
+        .record_cgroups(&paths)
+        .map_err(ShimError::file("write to", state.path()))?;
+    for cgroup in cgroups {
+        cgroup.join(shim)?;
+    }
+    Ok(())
 }
 
 /// Where `cgroups_path` is in each mounted hierarchy.

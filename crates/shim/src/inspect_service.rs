@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use ids::ContainerId;
 use sandbox::{CreateTask, EventSink, SandboxHandle, Shell, StdioPaths, TaskEvent, TerminalSize};
 use shim_api::LINES_WAIT;
 use shim_api::api;
@@ -149,6 +150,8 @@ fn shell(request: api::ExecRequest) -> ttrpc::Result<(CreateTask, Option<Termina
 pub(crate) struct RecordingSink {
     pub(crate) sink: Arc<dyn EventSink>,
     pub(crate) operator: Operator,
+    /// The sandbox that containerd knows by the Sandbox API: no task of its own, so no task's events.
+    pub(crate) unspoken: Option<ContainerId>,
 }
 
 impl EventSink for RecordingSink {
@@ -160,7 +163,8 @@ impl EventSink for RecordingSink {
                 "an event cannot be shown"
             ),
         }
-        if self.operator.shells.is_public(&event) {
+        let unspoken = self.unspoken.as_ref() == Some(events::container(&event));
+        if self.operator.shells.is_public(&event) && !unspoken {
             self.sink.publish(event);
         }
     }

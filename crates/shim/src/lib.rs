@@ -4,7 +4,7 @@
 //! containerd-shim-coffer-v2: containerd's shim v2 contract on top of a sandbox.
 //!
 //! ```text
-//! containerd ─ start ──> start ─ spawns ─> serve ─> Server ─> TaskService ─> sandbox::SandboxHandle
+//! containerd ─ start ──> start ─ spawns ─> serve ─> Server ─> TaskService, SandboxService ─> sandbox::SandboxHandle
 //!            ─ ttrpc ────────────────────────┘         Publisher <─ sandbox::EventSink
 //!            ─ delete ─> delete
 //! ```
@@ -27,9 +27,11 @@ mod metrics;
 mod network;
 mod node_host;
 mod node_size;
+mod pod_source;
 mod process;
 mod publisher;
 mod run;
+mod sandbox_service;
 mod serve;
 mod shells;
 mod socket;
@@ -40,6 +42,7 @@ mod task_service;
 mod traffic;
 
 pub use node_host::NodeHost;
+pub use pod_source::{DescribedPod, PodSource};
 pub use run::{Roots, run};
 pub use serve::{Node, PodParts, PodRequest};
 pub use status::to_status;

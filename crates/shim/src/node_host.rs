@@ -7,7 +7,7 @@
 //! makes on the host is an open file without a name; only a joined network is there to undo.
 
 use std::any::Any;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -16,7 +16,10 @@ use std::time::SystemTime;
 use agent_proto::{CONTROL_PORT, api};
 use hypervisor::{Disk, VmSpec};
 use ids::{DiskSerial, GuestCid, Mib, SandboxId};
-use pod_spec::{Bundle, ContainerSpec, HostMounts, MIN_VM_MEMORY, Role, RuntimeConfig, SpecError};
+use pod_spec::{
+    Bundle, ContainerSpec, HostMounts, HostNamespaces, MIN_VM_MEMORY, PodSpec, Role, RuntimeConfig,
+    SpecError,
+};
 use pod_storage::{Rootfs, RootfsForm, StorageError, Store, WrittenBack};
 use sandbox::{
     ContainerKind, ContainerPlan, CreateTask, GuestContainer, GuestDisk, GuestRootfs, Host,
@@ -25,6 +28,7 @@ use sandbox::{
 
 use crate::network;
 use crate::node_size;
+use crate::pod_source::{DescribedPod, PodSource};
 use crate::serve::PodRequest;
 use crate::start::read_bundle;
 
@@ -36,7 +40,9 @@ const SCRATCH_OPTIONS: &str = "discard";
 #[derive(Debug)]
 pub struct NodeHost {
     id: SandboxId,
-    bundle: PathBuf,
+    source: PodSource,
+    /// Where the pod's own files are.
+    private_dir: PathBuf,
     config: RuntimeConfig,
     /// EmptyDirs that were shared with a container because the host had put files into them: they are for the others too.
     filled: Mutex<BTreeSet<PathBuf>>,
@@ -47,15 +53,16 @@ impl NodeHost {
     pub fn new(pod: &PodRequest<'_>) -> Self {
         Self {
             id: pod.id.clone(),
-            bundle: pod.bundle.to_path_buf(),
+            source: pod.source.clone(),
+            private_dir: pod.private_dir.to_path_buf(),
             config: pod.config.clone(),
             filled: Mutex::default(),
         }
     }
 
     /// The memory that the VM starts with: what the pod wants, as far as its cgroup has room for it.
-    fn start_memory(&self, bundle: &Bundle, wanted: Mib) -> Result<Mib, SandboxError> {
-        let limit = memory_limit(bundle)?.unwrap_or(wanted);
+    fn start_memory(&self, cgroups_path: Option<&Path>, wanted: Mib) -> Result<Mib, SandboxError> {
+        let limit = memory_limit(cgroups_path)?.unwrap_or(wanted);
         let exhausted = |limit: Mib| {
             let message = format!(
                 "the pod's cgroup leaves its VM {} MiB of memory, and no VM starts with less than {}: raise the pod's \
@@ -89,6 +96,68 @@ impl NodeHost {
 
     fn store(&self) -> Result<Store, SandboxError> {
         Store::open(&self.config.storage).map_err(storage_error)
+    }
+
+    /// The pod that CreateSandbox has described.
+    fn described(&self) -> Option<&DescribedPod> {
+        match &self.source {
+            PodSource::Bundle(_) => None,
+            PodSource::Described(cell) => cell.get(),
+        }
+    }
+
+    /// What is known of the pod before its VM.
+    fn pod(&self) -> Result<KnownPod, SandboxError> {
+        let guest = &self.config.guest;
+        let node = node_size::node().map_err(|error| {
+            let message = "find out how large the node is";
+            SandboxError::new(SandboxErrorKind::Internal, message).because(error)
+        })?;
+        match &self.source {
+            PodSource::Bundle(dir) => {
+                let bundle = self.bundle(dir)?;
+                Ok(KnownPod {
+                    spec: bundle.pod(guest, node).map_err(spec_error)?,
+                    cgroups_path: bundle.cgroups_path().map(Path::to_path_buf),
+                    network_namespace: bundle.network_namespace().map(Path::to_path_buf),
+                    annotations: bundle.annotations(),
+                })
+            }
+            PodSource::Described(cell) => {
+                let pod = cell.get().ok_or_else(|| {
+                    let message = format!("sandbox {} is not described", self.id);
+                    SandboxError::new(SandboxErrorKind::FailedPrecondition, message)
+                })?;
+                Ok(KnownPod {
+                    spec: pod.description.pod(guest, node).map_err(spec_error)?,
+                    cgroups_path: pod.cgroups_path.as_ref().map(PathBuf::from),
+                    network_namespace: pod.network_namespace.clone(),
+                    annotations: pod.annotations.clone(),
+                })
+            }
+        }
+    }
+
+    /// A bundle, with what the node's config says of namespaces.
+    fn bundle(&self, dir: &Path) -> Result<Bundle, SandboxError> {
+        let mut bundle = bundle(dir)?;
+        if self.config.guest.host_namespaces == HostNamespaces::Guest {
+            bundle.use_guest_namespaces().map_err(spec_error)?;
+        }
+        Ok(bundle)
+    }
+
+    /// Makes a container a member of a pod that has no spec.
+    fn join(&self, bundle: &mut Bundle, pod: &DescribedPod) -> Result<(), SandboxError> {
+        let places = pod
+            .files
+            .as_ref()
+            .map_or_else(Vec::new, |files| files.places(&self.private_dir));
+        let places: Vec<(&str, &Path)> = places
+            .iter()
+            .map(|(place, source)| (*place, source.as_path()))
+            .collect();
+        bundle.join(&self.id, &places).map_err(spec_error)
     }
 
     /// A container's root file system and the files that are copied into it.
@@ -162,18 +231,25 @@ impl NodeHost {
     }
 }
 
+/// A pod, whoever has described it.
+struct KnownPod {
+    spec: PodSpec,
+    /// The host's cgroup for it, as an OCI spec's `linux.cgroupsPath`.
+    cgroups_path: Option<PathBuf>,
+    network_namespace: Option<PathBuf>,
+    annotations: HashMap<String, String>,
+}
+
 impl Host for NodeHost {
     fn plan_pod(&self) -> Result<PodPlan, SandboxError> {
-        let bundle = bundle(&self.bundle)?;
-        let node = node_size::node().map_err(|error| {
-            let message = "find out how large the node is";
-            SandboxError::new(SandboxErrorKind::Internal, message).because(error)
-        })?;
-        let pod = bundle.pod(&self.config.guest, node).map_err(spec_error)?;
-        let limits = self.config.limits.limits(&bundle.annotations());
+        let pod = self.pod()?;
+        let limits = self.config.limits.limits(&pod.annotations);
         let limits = limits.map_err(spec_error)?;
-        let size = pod.size.started_with;
-        let memory = self.start_memory(&bundle, size.memory)?;
+        let memory = self.start_memory(
+            pod.cgroups_path.as_deref(),
+            pod.spec.size.started_with.memory,
+        )?;
+        let (pod, namespace) = (pod.spec, pod.network_namespace);
         let scratch = self.store()?.scratch_disk().map_err(storage_error)?;
         let guest = &self.config.guest;
         let mut configure = api::ConfigureSandboxRequest::new();
@@ -192,7 +268,7 @@ impl Host for NodeHost {
         let initramfs = open("guest.initramfs", &guest.initramfs)?;
         // Last: whatever fails before has nothing to undo.
         let metadata = self.config.network.metadata_service;
-        let (networks, loopback, guard) = match bundle.network_namespace() {
+        let (networks, loopback, guard) = match &namespace {
             None => (Vec::new(), None, nothing_to_undo()),
             Some(namespace) => {
                 let joined = network::join(namespace, metadata)?;
@@ -209,7 +285,7 @@ impl Host for NodeHost {
         };
         let vm = VmSpec {
             sandbox: self.id.clone(),
-            vcpus: size.vcpus,
+            vcpus: pod.size.started_with.vcpus,
             max_vcpus: pod.size.largest.vcpus,
             memory,
             max_memory: pod.size.largest.memory,
@@ -239,8 +315,21 @@ impl Host for NodeHost {
                 guard: nothing_to_undo(),
             });
         }
-        let bundle = bundle(&task.bundle)?;
-        let sandbox = bundle.sandbox(&task.container).map_err(spec_error)?;
+        if let PodSource::Described(_) = &self.source
+            && task.container.as_str() == self.id.as_str()
+        {
+            return Ok(ContainerPlan {
+                kind: ContainerKind::Sandbox,
+                guard: nothing_to_undo(),
+            });
+        }
+        let mut bundle = self.bundle(&task.bundle)?;
+        let described = self.described();
+        let sandbox = match bundle.role() {
+            // The Sandbox API asks for no annotations: a container of this shim is of its pod.
+            Role::Standalone if described.is_some() => self.id.clone(),
+            _ => bundle.sandbox(&task.container).map_err(spec_error)?,
+        };
         if sandbox != self.id {
             let message = format!(
                 "container {} is of sandbox {sandbox}, this is sandbox {}",
@@ -250,6 +339,9 @@ impl Host for NodeHost {
                 SandboxErrorKind::InvalidArgument,
                 message,
             ));
+        }
+        if let Some(pod) = described {
+            self.join(&mut bundle, pod)?;
         }
         let kind = match bundle.role() {
             Role::Sandbox => ContainerKind::Sandbox,
@@ -268,12 +360,19 @@ impl Host for NodeHost {
     }
 
     fn memory_limit(&self) -> Result<Option<Mib>, SandboxError> {
-        memory_limit(&bundle(&self.bundle)?)
+        match &self.source {
+            PodSource::Bundle(dir) => memory_limit(bundle(dir)?.cgroups_path()),
+            PodSource::Described(cell) => memory_limit(
+                cell.get()
+                    .and_then(|pod| pod.cgroups_path.as_deref())
+                    .map(Path::new),
+            ),
+        }
     }
 }
 
-fn memory_limit(bundle: &Bundle) -> Result<Option<Mib>, SandboxError> {
-    node_size::memory_limit(bundle.cgroups_path()).map_err(|error| {
+fn memory_limit(cgroups_path: Option<&Path>) -> Result<Option<Mib>, SandboxError> {
+    node_size::memory_limit(cgroups_path).map_err(|error| {
         let message = "read the memory limit of the pod's cgroup";
         SandboxError::new(SandboxErrorKind::Internal, message).because(error)
     })
@@ -374,6 +473,7 @@ fn storage_error(error: StorageError) -> SandboxError {
         StorageError::NoSpace { .. } => SandboxErrorKind::ResourceExhausted,
         StorageError::UnknownRootfs(_)
         | StorageError::Overlay { .. }
+        | StorageError::TooManyImages { .. }
         | StorageError::CopyTooLarge { .. }
         | StorageError::CopyKind { .. }
         | StorageError::NotADirectory(_)
@@ -402,7 +502,8 @@ mod tests {
         );
         NodeHost {
             id: "pod1".parse().unwrap(),
-            bundle: dir.to_path_buf(),
+            source: PodSource::Bundle(dir.to_path_buf()),
+            private_dir: dir.to_path_buf(),
             config: RuntimeConfig::parse(&text).unwrap(),
             filled: Mutex::default(),
         }

@@ -16,10 +16,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hypervisor::{Capabilities, Driver, DriverError, RunningVm, VmSpec};
-use ids::SandboxId;
+use ids::{ContainerId, SandboxId};
 use pod_spec::{LogLevel, RuntimeConfig};
 use rustix::fs::Mode;
-use sandbox::{Host, SandboxHandle, SandboxOptions};
+use sandbox::{Boot, Host, SandboxHandle, SandboxOptions};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::timeout;
 use tracing::Level;
@@ -32,9 +32,11 @@ use crate::handover;
 use crate::host_cgroup;
 use crate::inspect_service::{InspectService, Operator, RecordingSink};
 use crate::log;
+use crate::pod_source::PodSource;
 use crate::process::ProcessIdentity;
 use crate::publisher::{Patience, Publisher};
 use crate::run::{Roots, bundle};
+use crate::sandbox_service::SandboxService;
 use crate::socket::remove_socket;
 use crate::start::{TTRPC_ADDRESS, read_bundle, read_config};
 use crate::state_dir::StateDir;
@@ -61,8 +63,8 @@ const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(1);
 pub struct PodRequest<'a> {
     /// The sandbox.
     pub id: &'a SandboxId,
-    /// The bundle of its first container.
-    pub bundle: &'a Path,
+    /// Where it is described.
+    pub source: &'a PodSource,
     /// The node's config.
     pub config: &'a RuntimeConfig,
     /// A directory for root alone, which is removed with the sandbox.
@@ -173,16 +175,28 @@ impl Shim<'_> {
             .unwrap_or_else(|| format!("{}.ttrpc", self.args.address));
         let publisher =
             Publisher::spawn(self.args.namespace.clone(), &address, Patience::default());
+        // A bundle that cannot be read fails the create, which says so.
+        let annotations = read_bundle(&self.bundle).ok().flatten();
+        let annotations = annotations.map(|bundle| bundle.annotations());
+        let source = pod_source(self.bundle);
+        let boot = match &source {
+            PodSource::Bundle(_) => Boot::AtOnce,
+            PodSource::Described(_) => Boot::WhenAsked,
+        };
+        let unspoken = match &source {
+            PodSource::Bundle(_) => None,
+            PodSource::Described(_) => Some(ContainerId::from(&id)),
+        };
         let parts = node
             .prepare(&PodRequest {
                 id: &id,
-                bundle: &self.bundle,
+                source: &source,
                 config: &self.config,
                 private_dir: self.state.path(),
             })
             .map_err(ShimError::Node)?;
         let sandbox = sandbox::spawn(SandboxOptions {
-            id,
+            id: id.clone(),
             driver: Arc::new(RecordingDriver {
                 driver: parts.driver,
                 state: self.state.clone(),
@@ -191,13 +205,12 @@ impl Shim<'_> {
             events: Arc::new(RecordingSink {
                 sink: Arc::new(publisher.clone()),
                 operator: self.operator.clone(),
+                unspoken,
             }),
             deadlines: parts.deadlines,
             file_server: self.config.file_server.path.clone(),
+            boot,
         });
-        // A bundle that cannot be read fails the create, which says so.
-        let annotations = read_bundle(&self.bundle).ok().flatten();
-        let annotations = annotations.map(|bundle| bundle.annotations());
         let traffic = PodTraffic::new(self.config.limits, annotations.unwrap_or_default());
         let mut server = Server::new()
             .add_listener(Listener::try_from(listener).map_err(server_error)?)
@@ -205,6 +218,12 @@ impl Shim<'_> {
                 TaskService::new(sandbox.clone(), Arc::clone(&self.operator.shells), traffic)
                     .services(),
             )
+            .register_service(SandboxService::services(
+                sandbox.clone(),
+                id,
+                source,
+                self.state.clone(),
+            ))
             .register_service(InspectService::services(sandbox.clone(), self.operator));
         server
             .start()
@@ -228,6 +247,16 @@ impl Shim<'_> {
         }
         tracing::info!("the sandbox has ended");
         Ok(())
+    }
+}
+
+/// Where the pod is described: a bundle without a container is a sandbox's, which CreateSandbox describes. One that cannot
+/// be read is reported when it is needed.
+fn pod_source(bundle: PathBuf) -> PodSource {
+    match read_bundle(&bundle) {
+        Ok(None) => PodSource::Described(Arc::default()),
+        Ok(Some(spec)) if !spec.has_process() => PodSource::Described(Arc::default()),
+        _ => PodSource::Bundle(bundle),
     }
 }
 

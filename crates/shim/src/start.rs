@@ -27,7 +27,7 @@ use crate::args::ShimArgs;
 use crate::bootstrap::Request;
 use crate::error::ShimError;
 use crate::handover;
-use crate::host_cgroup::{self, PodCgroup};
+use crate::host_cgroup;
 use crate::info::PROGRAM;
 use crate::run::{Roots, bundle};
 use crate::socket::{Place, is_served, remove_socket, socket_address, socket_path, take_place};
@@ -157,7 +157,7 @@ impl Leader<'_> {
             .filter(|path| !path.as_os_str().is_empty());
         if let Some(path) = cgroups_path {
             let cgroups = host_cgroup::plan(&path.to_string_lossy())?;
-            join(&cgroups, shim.pid(), &self.state)?;
+            host_cgroup::enter_all(&cgroups, shim.pid(), &self.state)?;
         }
         handover::give(&shim.end, &listener).map_err(ShimError::Spawn)?;
         Ok(Made::Shim)
@@ -227,18 +227,6 @@ impl NewShim {
         // It may have ended by itself.
         let _gone = self.process.kill().and_then(|()| self.process.wait());
     }
-}
-
-/// Puts the shim into the pod's cgroup.
-fn join(cgroups: &[PodCgroup], shim: Pid, state: &StateDir) -> Result<(), ShimError> {
-    let paths: Vec<PathBuf> = cgroups.iter().map(PodCgroup::path).collect();
-    state
-        .record_cgroups(&paths)
-        .map_err(ShimError::file("write to", state.path()))?;
-    for cgroup in cgroups {
-        cgroup.join(shim)?;
-    }
-    Ok(())
 }
 
 /// Best effort: `delete` does the same again.

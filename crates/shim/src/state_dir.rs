@@ -8,7 +8,8 @@
 //! | `socket` | `start`, before it binds | the path of the shim's socket |
 //! | `shim.json` | `serve`, first of all | the shim's process |
 //! | `vmm.json` | `serve`, once there is one | the VMM's process |
-//! | `cgroups.json` | `start`, before it makes them | the cgroups that Coffer has made |
+//! | `cgroups.json` | `start` or CreateSandbox, before it makes them | the cgroups that Coffer has made |
+//! | `network` | CreateSandbox | the path of the pod's network namespace; a bundle names it otherwise |
 //!
 //! Each file appears whole or not at all. `delete` moves the directory away before it reads it: a shim that has not
 //! recorded itself by then finds no directory and ends, so none escapes.
@@ -28,6 +29,7 @@ use shim_api::{REMOVED, SHIM_FILE as SHIM, SOCKET_FILE as SOCKET, VMM_FILE as VM
 use crate::process::ProcessIdentity;
 
 const CGROUPS: &str = "cgroups.json";
+const NETWORK: &str = "network";
 
 /// How often the directory is made anew when the namespace's is removed meanwhile, with the last other sandbox in it.
 const CREATE_TRIES: u32 = 100;
@@ -66,7 +68,11 @@ impl StateDir {
 
     /// Where the sandbox's shim listens, if that was recorded.
     pub(crate) fn socket(&self) -> io::Result<Option<PathBuf>> {
-        let bytes = read_if_there(&self.path.join(SOCKET))?;
+        self.recorded_path(SOCKET)
+    }
+
+    fn recorded_path(&self, name: &str) -> io::Result<Option<PathBuf>> {
+        let bytes = read_if_there(&self.path.join(name))?;
         Ok(bytes.map(|bytes| PathBuf::from(OsString::from_vec(bytes))))
     }
 
@@ -87,6 +93,11 @@ impl StateDir {
 
     pub(crate) fn record_cgroups(&self, cgroups: &[PathBuf]) -> io::Result<()> {
         self.record(CGROUPS, &cgroups)
+    }
+
+    pub(crate) fn record_network(&self, namespace: &Path) -> io::Result<()> {
+        let bytes = namespace.as_os_str().as_encoded_bytes();
+        write_whole(&self.path.join(NETWORK), bytes)
     }
 
     /// Moves the directory out of the way and reads what is in it. `None` if there is none.
@@ -111,6 +122,7 @@ impl StateDir {
             shim: dir.recorded(SHIM)?,
             vmm: dir.recorded(VMM)?,
             cgroups: dir.recorded(CGROUPS)?.unwrap_or_default(),
+            network: dir.recorded_path(NETWORK)?,
             dir,
         }))
     }
@@ -147,6 +159,7 @@ pub(crate) struct Leftovers {
     pub(crate) shim: Option<ProcessIdentity>,
     pub(crate) vmm: Option<ProcessIdentity>,
     pub(crate) cgroups: Vec<PathBuf>,
+    pub(crate) network: Option<PathBuf>,
     /// Where the rest is; to be removed last.
     pub(crate) dir: StateDir,
 }

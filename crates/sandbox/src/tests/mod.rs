@@ -14,4 +14,5 @@ mod pod;
 mod sizes;
 mod soak;
 mod streams;
+mod waits;
 mod write_back;

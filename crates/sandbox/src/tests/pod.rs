@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use tokio::sync::watch;
 
 use crate::{
-    ContainerKind, ContainerPlan, CreateTask, Deadlines, Deleted, EventSink, ExecTask, Exit,
+    Boot, ContainerKind, ContainerPlan, CreateTask, Deadlines, Deleted, EventSink, ExecTask, Exit,
     GuestContainer, GuestDisk, GuestRootfs, Host, KillScope, Pid, PodPlan, ProcessId, SandboxError,
     SandboxErrorKind, SandboxHandle, SandboxOptions, StdioPaths, TaskEvent, spawn,
 };
@@ -225,6 +225,10 @@ pub(super) struct Pod {
 
 impl Pod {
     pub(super) fn new(script: &Script) -> Self {
+        Self::with(script, Boot::AtOnce)
+    }
+
+    pub(super) fn with(script: &Script, boot: Boot) -> Self {
         let driver = FakeDriver::new(script.clone());
         let host = Arc::new(FakeHost {
             known: Mutex::default(),
@@ -239,6 +243,7 @@ impl Pod {
             events: Arc::new(told.clone()),
             deadlines: Deadlines::default(),
             file_server: FILE_SERVER.into(),
+            boot,
         });
         Self {
             script: script.clone(),

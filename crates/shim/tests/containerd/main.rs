@@ -8,6 +8,8 @@ mod inspect;
 #[cfg(test)]
 mod process;
 #[cfg(test)]
+mod sandbox;
+#[cfg(test)]
 mod service;
 #[cfg(test)]
 mod support;

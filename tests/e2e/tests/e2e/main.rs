@@ -24,6 +24,7 @@ mod network;
 mod pod_security;
 mod resize;
 mod resources;
+mod sandbox_api;
 mod shared_files;
 mod software;
 mod streaming;
