@@ -20,7 +20,7 @@ mod stdio;
 #[cfg(test)]
 mod tests;
 
-pub use client::{AgentClient, CallDeadlines};
+pub use client::{AgentClient, CallDeadlines, WaitingCall};
 pub use error::{AgentCode, AgentError};
 pub use events::{AgentEvent, EventReader, parse_events};
 pub use stdio::{HostStdio, StdioError, StdioPaths, StreamConnector, Streams, TerminalSize};

@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hypervisor::{
-    AttachedDisk, AttachedFileSystem, Disk, DriverError, DriverErrorKind, FileSystem, RunningVm,
-    VmExit, VmProcesses, VmSpec,
+    AttachedDisk, AttachedFileSystem, Console, Disk, DriverError, DriverErrorKind, FileSystem,
+    RunningVm, VmExit, VmProcesses, VmSpec,
 };
 use ids::{DiskSerial, Mib, VsockPort};
 use tokio::net::UnixStream;
@@ -124,7 +124,7 @@ impl EmbeddedVm {
     async fn text(&self, request: Request) -> Result<String, DriverError> {
         match self.call(request).await? {
             Answer::Text(text) => Ok(text),
-            Answer::Done | Answer::Attached { .. } => Err(unexpected()),
+            Answer::Done | Answer::Attached { .. } | Answer::Console { .. } => Err(unexpected()),
         }
     }
 }
@@ -211,7 +211,7 @@ impl RunningVm for EmbeddedVm {
                 serial: disk.serial,
                 bind_device: Some(device),
             }),
-            Answer::Done | Answer::Text(_) => Err(unexpected()),
+            Answer::Done | Answer::Text(_) | Answer::Console { .. } => Err(unexpected()),
         }
     }
 
@@ -251,7 +251,7 @@ impl RunningVm for EmbeddedVm {
             Answer::Attached { device } => Ok(AttachedFileSystem {
                 bind_device: Some(device),
             }),
-            Answer::Done | Answer::Text(_) => Err(unexpected()),
+            Answer::Done | Answer::Text(_) | Answer::Console { .. } => Err(unexpected()),
         }
     }
 
@@ -272,11 +272,22 @@ impl RunningVm for EmbeddedVm {
         self.wait().await
     }
 
-    async fn console_tail(&self) -> String {
-        match self.text(Request::ConsoleTail).await {
-            Ok(tail) => tail,
-            // A VM that has ended has left its console with its last words.
-            Err(_) => self.link.last_words().unwrap_or_default().console,
+    async fn console(&self, from: Option<u64>) -> Console {
+        match self.call(Request::Console { from }).await {
+            Ok(Answer::Console { from, next, text }) => Console { from, next, text },
+            // A VM that has ended has left the end of its console with its last words.
+            _ if from.is_none() => Console {
+                text: self.link.last_words().unwrap_or_default().console,
+                ..Console::default()
+            },
+            _ => {
+                let from = from.unwrap_or_default();
+                Console {
+                    from,
+                    next: from,
+                    text: String::new(),
+                }
+            }
         }
     }
 

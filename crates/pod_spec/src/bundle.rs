@@ -9,7 +9,8 @@ use std::path::PathBuf;
 use ids::{Bytes, ContainerId, SandboxId};
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
-use crate::config::Guest;
+use crate::annotations::Overrides;
+use crate::config::RuntimeConfig;
 use crate::error::SpecError;
 use crate::host_folders::HostFolder;
 use crate::host_mounts::HostMounts;
@@ -174,8 +175,8 @@ impl Bundle {
     /// The VM of the pod whose first container this is.
     ///
     /// # Errors
-    /// [`SpecError::HostNamespace`], [`SpecError::TooLarge`] or [`SpecError::Annotation`].
-    pub fn pod(&self, guest: &Guest) -> Result<PodSpec, SpecError> {
+    /// [`SpecError::HostNamespace`], [`SpecError::TooLarge`], and as [`Self::overrides`].
+    pub fn pod(&self, config: &RuntimeConfig) -> Result<PodSpec, SpecError> {
         let linux = self.spec.linux().as_ref();
         let namespaces = linux.and_then(|linux| linux.namespaces().as_deref());
         translate::refuse_host_namespaces(namespaces.unwrap_or_default())?;
@@ -192,11 +193,19 @@ impl Bundle {
             .and_then(|linux| linux.sysctl().clone())
             .unwrap_or_default();
         Ok(PodSpec {
-            size: limits.vm_size(guest)?,
+            size: limits.vm_size(&config.guest, &self.overrides(config)?)?,
             hostname: self.spec.hostname().clone().filter(|name| !name.is_empty()),
             sysctls: sysctls.into_iter().collect(),
             shm: DEFAULT_SHM,
         })
+    }
+
+    /// What the annotations change of the pod's VM.
+    ///
+    /// # Errors
+    /// [`SpecError::UnknownAnnotation`], [`SpecError::AnnotationNotAllowed`] or [`SpecError::Annotation`].
+    pub fn overrides(&self, config: &RuntimeConfig) -> Result<Overrides, SpecError> {
+        Overrides::read(self.spec.annotations().as_ref(), config)
     }
 
     /// The container for the agent. It is an error to ask for one whose role is [`Role::Sandbox`]: it has none. The
@@ -244,7 +253,7 @@ fn role(spec: &Spec) -> Result<Role, SpecError> {
         Some(other) => Err(SpecError::Annotation {
             key: CONTAINER_TYPE,
             value: other.to_owned(),
-            expected: "\"sandbox\" or \"container\" was expected",
+            expected: "\"sandbox\" or \"container\" was expected".to_owned(),
         }),
     }
 }

@@ -14,9 +14,12 @@
 //! at [`Bundle::container`].
 #![forbid(unsafe_code)]
 
+mod annotations;
 mod bundle;
 mod config;
+mod config_print;
 mod config_text;
+mod endpoint;
 mod error;
 mod host_folders;
 mod host_mounts;
@@ -27,11 +30,15 @@ mod translate;
 mod update;
 mod volumes;
 
+pub use annotations::{ANNOTATIONS, Annotation, Overrides, PREFIX as ANNOTATION_PREFIX};
 pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role, SubPath};
 pub use config::{
-    Debug, FileServer, Guest, Log, LogLevel, MetadataService, Network, RuntimeConfig, Storage, Vmm,
+    Annotations, Debug, FileServer, Guest, Log, LogLevel, MetadataService, Network, RuntimeConfig,
+    Storage, Telemetry, Vmm,
 };
-pub use config_text::{ConfigError, ConfigMistake};
+pub use config_print::print_config;
+pub use config_text::{ConfigEntry, ConfigError, ConfigMistake, ConfigOrigin};
+pub use endpoint::Endpoint;
 pub use error::SpecError;
 pub use host_folders::{FolderAccess, FolderPropagation, HostFolder};
 pub use host_mounts::HostMounts;

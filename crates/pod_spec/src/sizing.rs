@@ -11,8 +11,9 @@ use std::collections::HashMap;
 use ids::{Bytes, Mib, VcpuCount};
 use oci_spec::runtime::LinuxResources;
 
+use crate::annotations::Overrides;
 use crate::config::{Guest, MIN_VM_MEMORY};
-use crate::error::SpecError;
+use crate::error::{SpecError, shown};
 
 const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
@@ -47,8 +48,8 @@ impl Limits {
                 .map(positive)
                 .map_err(|_| SpecError::Annotation {
                     key,
-                    value: text.clone(),
-                    expected: "a whole number was expected",
+                    value: shown(text),
+                    expected: "a whole number was expected".to_owned(),
                 }),
         };
         let cpu = number(CPU_QUOTA)?.zip(number(CPU_PERIOD)?);
@@ -75,28 +76,38 @@ impl Limits {
         }
     }
 
-    /// The VM for these limits.
-    pub(crate) fn vm_size(self, guest: &Guest) -> Result<VmSize, SpecError> {
-        let vcpus = match self.cpu {
-            None => guest.default_vcpus,
-            Some((quota, period)) => {
-                let wanted = quota.div_ceil(period);
-                let too_large = || SpecError::TooLarge {
-                    wanted,
-                    unit: "vCPUs",
-                    limit: u64::from(guest.max_vcpus.get()),
-                    key: "guest.max_vcpus",
-                };
-                let vcpus = u8::try_from(wanted)
-                    .ok()
-                    .and_then(VcpuCount::new)
-                    .ok_or_else(too_large)?;
-                if vcpus > guest.max_vcpus {
-                    return Err(too_large());
-                }
-                vcpus
-            }
+    /// The VM for these limits, as far as the pod's annotations say nothing else.
+    pub(crate) fn vm_size(self, guest: &Guest, overrides: &Overrides) -> Result<VmSize, SpecError> {
+        let memory = self.vm_memory(guest)?;
+        let memory = match self.memory {
+            None => overrides.memory.unwrap_or(memory),
+            Some(_) => overrides.memory_within(memory)?.unwrap_or(memory),
         };
+        let vcpus = match overrides.vcpus {
+            None => self.vm_vcpus(guest)?,
+            Some(vcpus) => vcpus,
+        };
+        Ok(VmSize { vcpus, memory })
+    }
+
+    fn vm_vcpus(self, guest: &Guest) -> Result<VcpuCount, SpecError> {
+        let Some((quota, period)) = self.cpu else {
+            return Ok(guest.default_vcpus);
+        };
+        let wanted = quota.div_ceil(period);
+        u8::try_from(wanted)
+            .ok()
+            .and_then(VcpuCount::new)
+            .filter(|vcpus| *vcpus <= guest.max_vcpus)
+            .ok_or(SpecError::TooLarge {
+                wanted,
+                unit: "vCPUs",
+                limit: u64::from(guest.max_vcpus.get()),
+                key: "guest.max_vcpus",
+            })
+    }
+
+    fn vm_memory(self, guest: &Guest) -> Result<Mib, SpecError> {
         let memory = match self.memory {
             None => guest.default_memory,
             Some(limit) => {
@@ -116,10 +127,7 @@ impl Limits {
                 })?
             }
         };
-        Ok(VmSize {
-            vcpus,
-            memory: memory.max(MIN_VM_MEMORY),
-        })
+        Ok(memory.max(MIN_VM_MEMORY))
     }
 }
 
@@ -146,7 +154,11 @@ mod tests {
     }
 
     fn size(pairs: &[(&str, &str)]) -> Result<VmSize, SpecError> {
-        Limits::from_annotations(&annotations(pairs))?.vm_size(&guest())
+        sized(pairs, &Overrides::default())
+    }
+
+    fn sized(pairs: &[(&str, &str)], overrides: &Overrides) -> Result<VmSize, SpecError> {
+        Limits::from_annotations(&annotations(pairs))?.vm_size(&guest(), overrides)
     }
 
     #[test]
@@ -189,6 +201,28 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(error.contains("guest.max_memory_mib"), "{error}");
+    }
+
+    #[test]
+    fn annotations_of_ours_replace_what_the_limits_give_but_not_beyond_a_memory_limit() {
+        let overrides = |vcpus, memory: Option<u32>| Overrides {
+            vcpus: VcpuCount::new(vcpus),
+            memory: memory.map(Mib),
+        };
+        let free = sized(&[], &overrides(4, Some(2048))).unwrap();
+        assert_eq!((free.vcpus.get(), free.memory), (4, Mib(2048)));
+        let limits = [
+            (CPU_QUOTA, "900000"),
+            (CPU_PERIOD, "100000"),
+            (MEMORY, "268435456"),
+        ];
+        let limited = sized(&limits, &overrides(4, Some(256 + 64))).unwrap();
+        assert_eq!((limited.vcpus.get(), limited.memory), (4, Mib(256 + 64)));
+        let error = sized(&limits, &overrides(4, Some(256 + 65))).unwrap_err();
+        assert!(
+            error.to_string().contains("at most 320 MiB are allowed"),
+            "{error}"
+        );
     }
 
     #[test]

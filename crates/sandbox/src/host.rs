@@ -11,7 +11,7 @@ use pod_spec::{HostFolder, LiveVolume};
 use pod_storage::WrittenBack;
 
 use crate::error::SandboxError;
-use crate::request::CreateTask;
+use crate::request::{CreateTask, InterfaceCounters};
 
 /// Prepares what VM and containers are made of. Every method may block; the sandbox calls them on blocking threads, any
 /// number at a time. A call that nobody waits for any more goes on, and its plan is dropped.
@@ -30,6 +30,11 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// Whatever keeps the container from being made, in words for the user.
     fn plan_container(&self, task: &CreateTask) -> Result<ContainerPlan, SandboxError>;
+
+    /// What has passed through the pod's network interfaces; none if it has none, or they are gone.
+    fn interfaces(&self) -> Vec<InterfaceCounters> {
+        Vec::new()
+    }
 }
 
 /// A pod's VM, ready to be launched.

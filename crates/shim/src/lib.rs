@@ -15,6 +15,7 @@
 mod args;
 mod bootstrap;
 mod delete;
+mod dump;
 mod error;
 mod events;
 mod handover;
@@ -36,6 +37,7 @@ mod start;
 mod state_dir;
 mod status;
 mod task_service;
+mod telemetry;
 
 pub use node_host::NodeHost;
 pub use run::{Roots, run};

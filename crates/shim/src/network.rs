@@ -10,7 +10,7 @@ use agent_proto::api;
 use hypervisor::NetworkInterface;
 use pod_network::{Address, Interface, Metadata, NetError, PodNetwork, Route, Rule};
 use pod_spec::MetadataService;
-use sandbox::{SandboxError, SandboxErrorKind};
+use sandbox::{InterfaceCounters, SandboxError, SandboxErrorKind, Traffic};
 
 /// A pod's network, joined; undone on drop.
 #[derive(Debug)]
@@ -50,6 +50,33 @@ pub(crate) fn join(
             .collect(),
         guard,
     })
+}
+
+/// What has passed through the namespace's interfaces; nothing if it is gone.
+pub(crate) fn counters(namespace: &Path) -> Vec<InterfaceCounters> {
+    let traffic = |[bytes, packets, errors, dropped]: [u64; 4]| Traffic {
+        bytes,
+        packets,
+        errors,
+        dropped,
+    };
+    match pod_network::counters(namespace) {
+        Ok(all) => all
+            .into_iter()
+            .map(|counters| InterfaceCounters {
+                name: counters.name,
+                received: traffic(counters.received),
+                sent: traffic(counters.sent),
+            })
+            .collect(),
+        Err(error) => {
+            tracing::debug!(
+                error = &error as &dyn std::error::Error,
+                "the pod's network is not counted"
+            );
+            Vec::new()
+        }
+    }
 }
 
 fn network_error(error: NetError) -> SandboxError {

@@ -9,16 +9,17 @@
 use std::any::Any;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::SystemTime;
 
 use agent_proto::{CONTROL_PORT, api};
 use hypervisor::{Disk, VmSpec};
 use ids::{DiskSerial, GuestCid, SandboxId};
-use pod_spec::{Bundle, ContainerSpec, Role, RuntimeConfig, SpecError};
+use pod_spec::{Bundle, ContainerSpec, Overrides, Role, RuntimeConfig, SpecError};
 use pod_storage::{Rootfs, RootfsForm, StorageError, Store, WrittenBack};
 use sandbox::{
     ContainerKind, ContainerPlan, CreateTask, GuestContainer, GuestDisk, GuestRootfs, Host,
-    PodPlan, SandboxError, SandboxErrorKind, Shell,
+    InterfaceCounters, PodPlan, SandboxError, SandboxErrorKind, Shell,
 };
 
 use crate::network;
@@ -35,6 +36,10 @@ pub struct NodeHost {
     id: SandboxId,
     bundle: PathBuf,
     config: RuntimeConfig,
+    /// What the pod's annotations have changed of its VM.
+    overrides: OnceLock<Overrides>,
+    /// The pod's network namespace, once its VM is joined to it.
+    network: OnceLock<PathBuf>,
 }
 
 impl NodeHost {
@@ -44,6 +49,8 @@ impl NodeHost {
             id: pod.id.clone(),
             bundle: pod.bundle.to_path_buf(),
             config: pod.config.clone(),
+            overrides: OnceLock::new(),
+            network: OnceLock::new(),
         }
     }
 
@@ -120,7 +127,9 @@ impl NodeHost {
 impl Host for NodeHost {
     fn plan_pod(&self) -> Result<PodPlan, SandboxError> {
         let bundle = bundle(&self.bundle)?;
-        let pod = bundle.pod(&self.config.guest).map_err(spec_error)?;
+        let pod = bundle.pod(&self.config).map_err(spec_error)?;
+        let overrides = bundle.overrides(&self.config).map_err(spec_error)?;
+        self.overrides.get_or_init(|| overrides);
         let scratch = self.store()?.scratch_disk().map_err(storage_error)?;
         let guest = &self.config.guest;
         let mut configure = api::ConfigureSandboxRequest::new();
@@ -143,6 +152,7 @@ impl Host for NodeHost {
             None => (Vec::new(), nothing_to_undo()),
             Some(namespace) => {
                 let joined = network::join(namespace, metadata)?;
+                self.network.get_or_init(|| namespace.to_path_buf());
                 configure.interfaces = joined.interfaces;
                 configure.rules = joined.rules;
                 (joined.cards, Box::new(joined.guard) as Box<dyn Any + Send>)
@@ -187,6 +197,10 @@ impl Host for NodeHost {
                 message,
             ));
         }
+        bundle
+            .overrides(&self.config)
+            .and_then(|own| own.check_within(self.overrides.get().unwrap_or(&own)))
+            .map_err(spec_error)?;
         let kind = match bundle.role() {
             Role::Sandbox => ContainerKind::Sandbox,
             Role::Member(_) | Role::Standalone => {
@@ -202,6 +216,11 @@ impl Host for NodeHost {
             kind,
             guard: nothing_to_undo(),
         })
+    }
+
+    fn interfaces(&self) -> Vec<InterfaceCounters> {
+        let namespace = self.network.get();
+        namespace.map_or_else(Vec::new, |namespace| network::counters(namespace))
     }
 }
 
@@ -284,7 +303,9 @@ fn spec_error(error: SpecError) -> SandboxError {
         | SpecError::ResourcesJson(_)
         | SpecError::Missing(_)
         | SpecError::Annotation { .. }
+        | SpecError::UnknownAnnotation { .. }
         | SpecError::Id(_) => SandboxErrorKind::InvalidArgument,
+        SpecError::AnnotationNotAllowed(_) => SandboxErrorKind::PermissionDenied,
         SpecError::HostNamespace(..) | SpecError::Unsupported { .. } => {
             SandboxErrorKind::Unimplemented
         }
@@ -329,6 +350,8 @@ mod tests {
             id: "pod1".parse().unwrap(),
             bundle: dir.to_path_buf(),
             config: RuntimeConfig::parse(&text).unwrap(),
+            overrides: OnceLock::new(),
+            network: OnceLock::new(),
         }
     }
 
@@ -394,6 +417,29 @@ mod tests {
             path("vmlinux"),
             path("initramfs")
         )
+    }
+
+    #[test]
+    fn annotations_change_the_vm_only_if_the_node_allows_it() {
+        let dir = tempfile::tempdir().unwrap();
+        spec(dir.path(), r#"{"io.coffer.vm.vcpus": "3"}"#);
+        let refused = kind(host(dir.path(), &guest(dir.path())).plan_pod());
+        assert_eq!(
+            refused.0,
+            SandboxErrorKind::PermissionDenied,
+            "{}",
+            refused.1
+        );
+        let allow = "\n[annotations]\nallow = [\"io.coffer.vm.vcpus\"]";
+        let host = host(dir.path(), &(guest(dir.path()) + allow));
+        assert_eq!(host.plan_pod().unwrap().vm.vcpus.get(), 3);
+        // A container of the pod that wants something else.
+        let member = r#"{"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "pod1",
+                         "io.coffer.vm.vcpus": "4"}"#;
+        spec(dir.path(), member);
+        let (kind, text) = kind(host.plan_container(&task(dir.path(), "c1", Vec::new())));
+        assert_eq!(kind, SandboxErrorKind::InvalidArgument);
+        assert!(text.contains("annotate the pod"), "{text}");
     }
 
     #[test]

@@ -40,7 +40,9 @@ pub(super) async fn output(socket: UnixStream, sink: Sink, mut flow: FlowGuard) 
 }
 
 async fn to_fifo(socket: UnixStream, fifo: OwnedFd, flow: &mut FlowGuard) -> io::Result<()> {
-    let socket = watch(socket.into_std()?.into(), Interest::READABLE)?;
+    let socket = watch(Arc::new(socket.into_std()?.into()), Interest::READABLE)?;
+    let fifo = Arc::new(fifo);
+    flow.show(&fifo);
     let fifo = watch(fifo, Interest::WRITABLE)?;
     while !flow.is_complete() {
         let moved = tokio::select! {
@@ -115,9 +117,11 @@ async fn from_fifo(
     fifo: OwnedFd,
     socket: UnixStream,
     stdin: &Stdin,
-) -> io::Result<AsyncFd<OwnedFd>> {
+) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    let fifo = Arc::new(fifo);
+    stdin.show(&fifo);
     let fifo = watch(fifo, Interest::READABLE)?;
-    let socket = watch(socket.into_std()?.into(), Interest::WRITABLE)?;
+    let socket = watch(Arc::new(socket.into_std()?.into()), Interest::WRITABLE)?;
     loop {
         let moved = splice(&fifo, &socket).await?;
         if moved == 0 {

@@ -11,3 +11,5 @@ mod process;
 mod service;
 #[cfg(test)]
 mod support;
+#[cfg(test)]
+mod telemetry;

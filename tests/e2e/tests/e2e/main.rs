@@ -14,6 +14,7 @@ mod host_folders;
 mod isolation;
 mod lifecycle;
 mod network;
+mod observability;
 mod resources;
 mod software;
 mod streams;
