@@ -31,8 +31,9 @@ use crate::vsock::GuestSocket;
 
 /// How long building a VM may take; milliseconds on hardware, most of a second in a nested emulator under load.
 const START_DEADLINE: Duration = Duration::from_secs(20);
-/// How long every other call may take.
-const CALL_DEADLINE: Duration = Duration::from_secs(5);
+/// How long every other call may take. Milliseconds, but a node that starts more pods than it has processors for makes its
+/// VMMs wait for their turn; one that has died is noticed at once in any case.
+const CALL_DEADLINE: Duration = Duration::from_secs(20);
 /// How long moving guest memory may take: a guest of tens of GiB that uses all of it copies them.
 const SHARE_DEADLINE: Duration = Duration::from_secs(60);
 /// How long the last messages of a VMM that is gone may take to be read.

@@ -51,7 +51,8 @@ pub struct Deadlines {
     pub boot: Duration,
     /// For one call to the agent, other than those of `create`.
     pub call: Duration,
-    /// For setting the guest up, and for making, starting or removing a container or exec in it.
+    /// For setting the guest up, and for making, starting or removing a container or exec in it. Within the two minutes
+    /// that the kubelet gives a runtime, so that the error says what did not answer.
     pub create: Duration,
     /// For the last of a process's output, before it is deleted.
     pub drain: Duration,
@@ -64,7 +65,7 @@ impl Default for Deadlines {
         Self {
             boot: Duration::from_secs(30),
             call: Duration::from_secs(10),
-            create: Duration::from_secs(60),
+            create: Duration::from_secs(110),
             drain: Duration::from_secs(10),
             shutdown: Duration::from_secs(2),
         }

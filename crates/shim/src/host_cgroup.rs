@@ -210,6 +210,7 @@ impl PodCgroup {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(io_error("make cgroup", &path)(error)),
             }
+            enable_controllers(&parent);
             if self.hierarchy.cpuset_v1 {
                 // A new cpuset is empty, and takes no process until it is not (cpusets(7)).
                 for file in ["cpuset.cpus", "cpuset.mems"] {
@@ -218,6 +219,20 @@ impl PodCgroup {
             }
         }
         enter(&path, pid)
+    }
+}
+
+/// Gives a cgroup's children every controller that it has itself (cgroups(7), cgroup.subtree_control), so that the pod is
+/// counted. As far as it can be done: a cgroup with processes of its own has no children with controllers, and in version 1
+/// there is nothing to do.
+fn enable_controllers(cgroup: &Path) {
+    let available = fs::read_to_string(cgroup.join("cgroup.controllers")).unwrap_or_default();
+    for controller in available.split_whitespace() {
+        // One by one: where one of several is refused, none is enabled.
+        let _ = fs::write(
+            cgroup.join("cgroup.subtree_control"),
+            format!("+{controller}"),
+        );
     }
 }
 

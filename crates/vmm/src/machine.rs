@@ -450,6 +450,7 @@ impl Machine {
         let surroundings = Surroundings {
             bus: Arc::clone(&self.bus),
             ends: Arc::clone(ends),
+            console: Arc::clone(&self.console),
             exits: Arc::clone(&self.exits),
         };
         for id in 0..count.get() {

@@ -29,6 +29,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use virtio_device::Counter;
+use virtio_device::console::ConsoleLog;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::devices::Bus;
@@ -39,6 +40,9 @@ use crate::{VmmError, threads};
 /// Port and value by which an old-style guest asks the keyboard controller for a reset.
 const RESET_PORT: u16 = 0x64;
 const RESET_VALUE: u8 = 0xfe;
+/// The transmit register of a PC's first serial port. A kernel that fails before it has found its virtio console says why
+/// there (`earlyprintk`). Nothing else of such a port is needed: reads of its status answer all ones, "ready to send".
+pub(crate) const EARLY_CONSOLE_PORT: u16 = 0x3f8;
 
 thread_local! {
     /// The kvm_run page of the vCPU that this thread runs.
@@ -81,6 +85,8 @@ pub struct Surroundings {
     pub bus: Arc<Bus>,
     /// Where the VM's end is told.
     pub ends: Arc<Ends>,
+    /// Where a guest's last words go while its console does not work yet.
+    pub console: Arc<ConsoleLog>,
     /// Counters of all vCPUs.
     pub exits: Arc<ExitCounters>,
 }
@@ -202,7 +208,12 @@ impl Vcpu {
     }
 
     fn enter(&mut self, commands: &Receiver<Command>) -> Next {
-        let Surroundings { bus, ends, exits } = &self.surroundings;
+        let Surroundings {
+            bus,
+            ends,
+            console,
+            exits,
+        } = &self.surroundings;
         let failure = match self.fd.run() {
             Ok(VcpuExit::MmioRead(address, data)) => {
                 exits.mmio_read.increment();
@@ -225,10 +236,17 @@ impl Vcpu {
                     ends.report(End::Guest);
                     return Next::Leave;
                 }
+                if port == EARLY_CONSOLE_PORT {
+                    early_output(console, data);
+                }
                 return Next::Run;
             }
             // A triple fault is how the guest resets itself.
             Ok(VcpuExit::Shutdown) => {
+                if console.tail().is_empty() {
+                    // It did not mean to.
+                    console.append_to_tail(format!("triple fault; {}", self.describe()).as_bytes());
+                }
                 ends.report(End::Guest);
                 return Next::Leave;
             }
@@ -327,6 +345,15 @@ impl Drop for VcpuThread {
         self.kick();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
+        }
+    }
+}
+
+/// Takes the text of what a guest sends to the early console; the rest is the set-up of a serial port that is not there.
+fn early_output(console: &ConsoleLog, data: &[u8]) {
+    for byte in data {
+        if matches!(byte, b' '..=b'~' | b'\n') {
+            console.append_to_tail(&[*byte]);
         }
     }
 }

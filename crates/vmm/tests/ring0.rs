@@ -26,6 +26,50 @@ fn guest_that_resets_itself_ends_the_vm_with_code_0() {
 }
 
 #[test]
+fn last_words_at_the_serial_port_are_in_the_console() {
+    // mov dx, 0x3f8; then mov al, byte and out dx, al for each; ud2.
+    let mut code = vec![0x66, 0xba, 0xf8, 0x03];
+    for byte in [b'o', 0x01, b'h', b'\r', b'\n'] {
+        code.extend([0xb0, byte, 0xee]);
+    }
+    code.extend([0x0f, 0x0b]);
+    let (mut vmm, result) = Vmm::start(&config(), &files(&pvh_kernel(&code)));
+    assert_eq!(result, Ok(Answer::Done));
+    let (_, text, console) = vmm.last_words();
+    assert_eq!(
+        (text.as_str(), console.as_str()),
+        ("the guest shut down", "oh\n")
+    );
+}
+
+#[test]
+fn triple_fault_without_a_word_says_where_it_was() {
+    let (mut vmm, _) = Vmm::start(&config(), &files(&pvh_kernel(WRITE_AND_RESET)));
+    let (_, _, console) = vmm.last_words();
+    assert!(console.starts_with("triple fault; rip 0x"), "{console}");
+}
+
+#[test]
+fn kernel_without_pvh_starts_in_long_mode_with_a_zero_page() {
+    #[rustfmt::skip]
+    let code = [
+        0x66, 0xba, 0xf8, 0x03,                            // mov dx, 0x3f8
+        0x81, 0xbe, 0x02, 0x02, 0, 0, b'H', b'd', b'r', b'S', // cmp dword [rsi + 0x202], "HdrS"
+        0x75, 0x0f,                                        // jne to the end
+        0x48, 0xb8, 0, 0, 0, 0, b'L', b'L', b'L', b'L',    // mov rax, what no 32-bit register holds
+        0x48, 0xc1, 0xe8, 0x20,                            // shr rax, 32
+        0xee,                                              // out dx, al
+        0x0f, 0x0b,                                        // ud2
+    ];
+    let mut kernel = pvh_kernel(&code);
+    let note = kernel.windows(4).position(|bytes| bytes == b"Xen\0");
+    kernel[note.unwrap()] = b'x';
+    let (mut vmm, result) = Vmm::start(&config(), &files(&kernel));
+    assert_eq!(result, Ok(Answer::Done));
+    assert_eq!(vmm.last_words().2, "L");
+}
+
+#[test]
 fn control_socket_closed_ends_a_spinning_vm() {
     let (mut vmm, result) = Vmm::start(&config(), &files(&pvh_kernel(SPIN)));
     assert_eq!(result, Ok(Answer::Done));

@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use nix::sys::statvfs::statvfs;
 
 use crate::build::{KVM_TESTED_PACKAGES, SUITE, TestKind, TestProgram};
 use crate::node::{Job, Machine, Place, Work};
@@ -23,6 +24,8 @@ use crate::{build, check, images, kernel, kernel_selftest, process, workspace};
 const CRATE_TESTS_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// The longest time for what runs in the node; on 2 cores under emulation.
 const NODE_TESTS_LIMIT: Duration = Duration::from_secs(30 * 60);
+/// What a run from nothing writes below the checkout and into the cache, in MiB.
+const WHOLE_RUN_MIB: u64 = 6 * 1024;
 /// The most nodes beside each other; each has 4 GiB of memory.
 const MAX_NODES: usize = 4;
 
@@ -45,6 +48,7 @@ pub(crate) struct Arguments {
 /// # Errors
 /// When the tests cannot be built or the node does not run to its end.
 pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
+    tell_free_space()?;
     let place = thread::scope(|scope| {
         // Waits for a network, so beside the build, which waits for the processor.
         let software = scope.spawn(images::software);
@@ -71,6 +75,17 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Says so at once when the disk will not do: what fails later, for want of space, names other causes.
+fn tell_free_space() -> Result<()> {
+    let root = workspace::root();
+    let disk = statvfs(&root).with_context(|| format!("cannot look at {}", root.display()))?;
+    let free = disk.blocks_available().saturating_mul(disk.fragment_size()) >> 20;
+    if free < WHOLE_RUN_MIB {
+        println!("==> disk: {free} MiB free, and a run from nothing takes {WHOLE_RUN_MIB} MiB");
+    }
+    Ok(())
 }
 
 /// The guest kernel's self test, under emulation on this machine.

@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 
 use pod_spec::RuntimeConfig;
 use rustix::fs::{CWD, Mode, OFlags};
@@ -16,6 +17,9 @@ use super::{Outcome, chain};
 
 const SHIM: &str = "containerd-shim-coffer-v2";
 const RUNTIME_TYPE: &str = "io.containerd.coffer.v2";
+
+/// The first e2fsprogs whose mkfs.ext4 can be told that a disk is all zeros (`assume_storage_prezeroed`).
+const LEAST_E2FSPROGS: [u32; 3] = [1, 46, 5];
 
 /// The least free space in which an image can be built, in MiB.
 const LEAST_FREE_MIB: u64 = 1024;
@@ -112,6 +116,47 @@ pub(super) fn program(path: &Path, remedy: &str) -> Outcome {
         }
         Ok(_) => Outcome::ok(path.display().to_string()),
     }
+}
+
+/// A mkfs.ext4 that knows the options by which scratch disks are made.
+pub(super) fn mkfs_ext4(path: &Path) -> Outcome {
+    let remedy = "install e2fsprogs, 1.46.5 or later, or set storage.mkfs_ext4";
+    let found = program(path, remedy);
+    if found.is_failure() {
+        return found;
+    }
+    // It prints its version to the standard error.
+    let text = match Command::new(path).arg("-V").output() {
+        Ok(output) => String::from_utf8_lossy(&output.stderr).into_owned(),
+        Err(error) => {
+            return Outcome::failure(format!("{} does not run: {error}", path.display()), remedy);
+        }
+    };
+    match e2fsprogs_version(&text) {
+        Some((version, numbers)) if numbers >= LEAST_E2FSPROGS => {
+            Outcome::ok(format!("{} {version}", path.display()))
+        }
+        Some((version, _)) => {
+            Outcome::failure(format!("{} is version {version}", path.display()), remedy)
+        }
+        None => Outcome::warning(format!("{} tells no version", path.display()), remedy),
+    }
+}
+
+/// "1.47.0" in "mke2fs 1.47.0 (5-Feb-2023)", and its numbers.
+fn e2fsprogs_version(text: &str) -> Option<(&str, [u32; 3])> {
+    let version = text
+        .split_whitespace()
+        .skip_while(|word| *word != "mke2fs")
+        .nth(1)?;
+    let mut numbers = [0; 3];
+    for (number, part) in numbers.iter_mut().zip(version.split('.')) {
+        let digits = part
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(part.len());
+        *number = part.get(..digits)?.parse().ok()?;
+    }
+    Some((version, numbers))
 }
 
 /// The cache must take unnamed files, on the nearest directory that there is already.
@@ -230,6 +275,28 @@ mod tests {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         assert!(!program(&path, "install it").is_failure());
         assert!(program(dir.path(), "install it").is_failure());
+    }
+
+    #[test]
+    fn mkfs_ext4_that_is_too_old_is_told_from_one_that_will_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mkfs.ext4");
+        let of_version = |version: &str| {
+            fs::write(
+                &path,
+                format!("#!/bin/sh\necho 'mke2fs {version} (5-Feb-2023)' >&2\n"),
+            )
+            .unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            mkfs_ext4(&path)
+        };
+        for good in ["1.46.5", "1.47.0", "1.47", "2.0", "1.48-rc1"] {
+            assert!(matches!(of_version(good), Outcome::Ok { .. }), "{good}");
+        }
+        for old in ["1.46.4", "1.45.6"] {
+            assert!(of_version(old).is_failure(), "{old}");
+        }
+        assert!(matches!(of_version("next"), Outcome::Warning { .. }));
     }
 
     #[test]

@@ -110,13 +110,7 @@ pub(crate) fn node(config: &Path) -> Vec<CheckResult> {
                 "install erofs-utils, or set storage.mkfs_erofs",
             ),
         ),
-        check(
-            "mkfs.ext4",
-            artifacts::program(
-                &config.storage.mkfs_ext4,
-                "install e2fsprogs, or set storage.mkfs_ext4",
-            ),
-        ),
+        check("mkfs.ext4", artifacts::mkfs_ext4(&config.storage.mkfs_ext4)),
         check("cache", artifacts::cache(&config.storage.cache_dir)),
         check("shim", artifacts::shim(std::env::var_os("PATH"))),
         check(

@@ -113,23 +113,26 @@ impl ConsoleLog {
         (first, bytes.copied().collect())
     }
 
+    /// Adds output to what is kept in memory, and not to the file: for threads that do no I/O.
+    pub fn append_to_tail(&self, bytes: &[u8]) {
+        let mut tail = self.lock();
+        let kept = bytes.len().saturating_sub(TAIL_BYTES);
+        let new = bytes.get(kept..).unwrap_or_default();
+        let excess = tail
+            .bytes
+            .len()
+            .saturating_add(new.len())
+            .saturating_sub(TAIL_BYTES)
+            .min(tail.bytes.len());
+        tail.bytes.drain(..excess);
+        tail.bytes.extend(new);
+        let gone = excess.saturating_add(kept) as u64;
+        tail.gone = tail.gone.saturating_add(gone);
+    }
+
     /// Adds output; returns the bytes that did not reach the file though there is one.
     pub(super) fn append(&self, bytes: &[u8]) -> usize {
-        {
-            let mut tail = self.lock();
-            let kept = bytes.len().saturating_sub(TAIL_BYTES);
-            let new = bytes.get(kept..).unwrap_or_default();
-            let excess = tail
-                .bytes
-                .len()
-                .saturating_add(new.len())
-                .saturating_sub(TAIL_BYTES)
-                .min(tail.bytes.len());
-            tail.bytes.drain(..excess);
-            tail.bytes.extend(new);
-            let gone = excess.saturating_add(kept) as u64;
-            tail.gone = tail.gone.saturating_add(gone);
-        }
+        self.append_to_tail(bytes);
         self.file.as_ref().map_or(0, |file| file.append(bytes))
     }
 

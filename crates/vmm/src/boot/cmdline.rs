@@ -8,7 +8,8 @@ use crate::{VmmError, layout};
 /// What every guest gets, and why.
 const ARGUMENTS: &[&str] = &[
     "console=hvc0",                          // the virtio console
-    "quiet",                                 // each line of boot log is an exit
+    "earlyprintk=serial,0x3f8,115200", // a panic before that console is there; `quiet` keeps all else off it
+    "quiet",                           // each line of boot log is an exit
     "reboot=t",       // a triple fault ends the VM at once; nothing else is there to ask
     "panic=-1",       // reboot at once, so that a panic ends the VM too
     "acpi=off",       // no tables: the MP table names the CPUs, the next lines the devices

@@ -157,13 +157,21 @@ impl Vmm {
         }
     }
 
-    /// The last message, and how the process ended.
+    /// Code and text of the last message, and how the process ended.
     pub(crate) fn end(&mut self) -> (u8, String, ExitStatus) {
+        let (code, text, _) = self.last_words();
+        (code, text, self.child.wait().unwrap())
+    }
+
+    /// Code, text and console of the last message.
+    pub(crate) fn last_words(&mut self) -> (u8, String, String) {
         loop {
             match self.receive() {
-                Some(Message::Ended { code, text, .. }) => {
-                    return (code, text, self.child.wait().unwrap());
-                }
+                Some(Message::Ended {
+                    code,
+                    text,
+                    console,
+                }) => return (code, text, console),
                 Some(_) => {}
                 None => panic!("no last words: {:?}", self.child.wait()),
             }
