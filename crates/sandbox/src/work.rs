@@ -26,8 +26,8 @@ use crate::vm::{self, Guest};
 /// How often the guest is asked to remove a container whose init has been killed and is about to end.
 const REMOVE_ATTEMPTS: u32 = 40;
 
-/// How long all of that may take, whatever the guest answers.
-const REMOVE_LIMIT: Duration = Duration::from_secs(60);
+/// How long all of that may take, whatever the guest answers: as long as one call for a container may.
+const REMOVE_LIMIT: Duration = Duration::from_secs(110);
 
 /// How long to wait between two of these.
 const REMOVE_PAUSE: Duration = Duration::from_millis(50);

@@ -169,7 +169,9 @@ fn start_of_a_container_is_one_trace_at_the_nodes_collector() {
 fn console_of_a_guest_is_shown_from_its_first_line() {
     let node = Node::new("console_of_a_guest_is_shown_from_its_first_line");
     // All that the kernel says, which is more than the 4 KiB that errors have room for.
-    let _config = node.change_config("[guest]\nready_timeout_s = 180\nkernel_arguments = [\"ignore_loglevel\"]\n");
+    let _config = node.change_config(
+        "[guest]\nready_timeout_s = 180\nkernel_arguments = [\"ignore_loglevel\"]\n",
+    );
     let _container = Container::start("printing", &["sleep", "infinity"]);
     let console = run("cofferctl", &["console", "printing"]).success();
     assert_eq!(console.stderr, "", "nothing is lost");
