@@ -64,8 +64,14 @@ pub(crate) fn find(key: &str) -> Option<&'static Annotation> {
 
 /// The key that `key` was most likely meant to be.
 pub(crate) fn nearest(key: &str) -> Option<&'static str> {
-    config_text::nearest(key, ANNOTATIONS.iter().map(|known| known.key))
-        .filter(|nearest| key.len() > nearest.len() / 2)
+    let known = || ANNOTATIONS.iter().map(|known| known.key);
+    let found = config_text::nearest(ending(&shown(key)), known().map(ending))?;
+    known().find(|key| ending(key) == found)
+}
+
+/// What tells one annotation from another.
+fn ending(key: &str) -> &str {
+    key.strip_prefix(PREFIX).unwrap_or(key)
 }
 
 impl Overrides {

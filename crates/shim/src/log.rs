@@ -252,16 +252,15 @@ impl Fields {
             .map(|(key, _)| key.len().saturating_add(4))
             .sum();
         let mut left = room.saturating_sub(keys);
-        let mut share = left;
+        let mut share = room;
         for (at, length) in by_length.iter().enumerate() {
-            share = left
-                .checked_div(by_length.len().saturating_sub(at))
-                .unwrap_or(0);
-            if *length > share {
+            let values = by_length.len().saturating_sub(at);
+            let fair = left.checked_div(values).unwrap_or(0);
+            if *length > fair {
+                share = fair;
                 break;
             }
             left = left.saturating_sub(*length);
-            share = left;
         }
         for (key, value) in &self.rest {
             let before = text.len();
@@ -479,6 +478,24 @@ mod tests {
         // Quotes are in pairs.
         let quotes = line.replace("\\\\", "").replace("\\\"", "");
         assert_eq!(quotes.matches('"').count() % 2, 0, "{line}");
+    }
+
+    #[test]
+    fn value_that_fits_is_whole_beside_others() {
+        let mut fields = Fields::default();
+        fields.rest.push(("part", "vm".to_owned()));
+        fields.rest.push(("dump", "{\"a\":1}".repeat(100)));
+        let whole = fields.text(4000);
+        assert!(
+            whole.ends_with("1}\"") && whole.starts_with(" part=vm dump="),
+            "{whole}"
+        );
+        assert_eq!(fields.text(whole.len() + 8), whole, "{whole}");
+        let cut = fields.text(500);
+        assert!(
+            cut.len() <= 500 && cut.starts_with(" part=vm ") && cut.ends_with("...\""),
+            "{cut}"
+        );
     }
 
     #[test]
