@@ -44,7 +44,18 @@ pub struct AgentClient {
 #[derive(Default)]
 struct Pending {
     last: u64,
-    calls: BTreeMap<u64, (&'static str, Instant)>,
+    calls: BTreeMap<u64, (&'static str, Instant, Duration)>,
+}
+
+/// A call that waits for its answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WaitingCall {
+    /// Its name.
+    pub method: &'static str,
+    /// How long it has waited.
+    pub age: Duration,
+    /// How long it waits at most.
+    pub deadline: Duration,
 }
 
 /// Takes a call off the list when its future ends or is dropped.
@@ -294,12 +305,16 @@ impl AgentClient {
         Ok(dump.json)
     }
 
-    /// The calls that wait for an answer, with how long they have.
-    pub fn pending(&self) -> Vec<(&'static str, Duration)> {
+    /// The calls that wait for an answer.
+    pub fn pending(&self) -> Vec<WaitingCall> {
         let pending = lock(&self.pending);
         let calls = pending.calls.values();
         calls
-            .map(|(method, since)| (*method, since.elapsed()))
+            .map(|(method, since, deadline)| WaitingCall {
+                method,
+                age: since.elapsed(),
+                deadline: *deadline,
+            })
             .collect()
     }
 
@@ -343,7 +358,7 @@ impl AgentClient {
             payload,
             ..Default::default()
         };
-        let _pending = self.enter(method);
+        let _pending = self.enter(method, deadline);
         let response = timeout(deadline, self.rpc.request(request))
             .await
             .map_err(|_| AgentError::Timeout {
@@ -359,11 +374,13 @@ impl AgentClient {
         A::parse_from_bytes(&response.payload).map_err(|error| AgentError::protocol(method, error))
     }
 
-    fn enter(&self, method: &'static str) -> PendingCall<'_> {
+    fn enter(&self, method: &'static str, deadline: Duration) -> PendingCall<'_> {
         let mut pending = lock(&self.pending);
         pending.last = pending.last.wrapping_add(1);
         let number = pending.last;
-        pending.calls.insert(number, (method, Instant::now()));
+        pending
+            .calls
+            .insert(number, (method, Instant::now(), deadline));
         PendingCall {
             pending: &self.pending,
             number,

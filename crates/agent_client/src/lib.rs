@@ -22,7 +22,7 @@ mod stdio;
 #[cfg(test)]
 mod tests;
 
-pub use client::{AgentClient, CallDeadlines, wall_clock_ns};
+pub use client::{AgentClient, CallDeadlines, WaitingCall, wall_clock_ns};
 pub use error::{AgentCode, AgentError};
 pub use events::{AgentEvent, EventReader, parse_events};
 pub use forward::ForwardedPorts;

@@ -157,7 +157,12 @@ async fn held_call_is_seen_as_pending() {
     let client = Arc::clone(&fixture.client);
     let call = tokio::spawn(async move { client.start_container(&container()).await });
     fixture.script.called("StartContainer c").await;
-    let methods: Vec<_> = fixture.client.pending().iter().map(|call| call.0).collect();
+    let methods: Vec<_> = fixture
+        .client
+        .pending()
+        .iter()
+        .map(|call| call.method)
+        .collect();
     assert_eq!(methods, ["StartContainer"]);
     fixture.script.release("StartContainer");
     assert_eq!(

@@ -38,6 +38,15 @@ pub(crate) enum Verb {
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
     },
+    /// Prints the node's config as it is in effect, and where each value is from
+    Config {
+        /// The defaults, whatever the config file says
+        #[arg(long)]
+        default: bool,
+        /// How to print it; a table is a config file in turn
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+    },
     /// Lists the sandboxes of this node
     List {
         /// Only those of this namespace of containerd
@@ -55,10 +64,13 @@ pub(crate) enum Verb {
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
     },
-    /// Prints the last that a guest wrote to its console, at most 4 KiB
+    /// Prints the last that a guest wrote to its console, at most 64 KiB
     Console {
         #[command(flatten)]
         target: Target,
+        /// Go on with what it writes until the sandbox ends
+        #[arg(short, long)]
+        follow: bool,
     },
     /// Prints the last lines that a sandbox's shim has logged
     Logs {

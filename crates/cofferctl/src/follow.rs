@@ -1,7 +1,9 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! `logs` and `events`: lines that a shim keeps, and those that come.
+//! `logs`, `events` and `console`: what a shim or a VMM keeps, and what comes.
+
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
@@ -37,11 +39,48 @@ pub(crate) async fn run(
         for line in &response.lines {
             text.push_str(&show(line)?);
         }
-        output::print(&text)?;
-        if !follow {
+        if !output::print(&text)? || !follow {
             return Ok(());
         }
         from = response.next.max(from);
+    }
+}
+
+/// How often a console that is followed is looked at.
+const CONSOLE_PERIOD: Duration = Duration::from_millis(250);
+
+/// Prints what a guest has printed on its console, as far as it is kept, and, if `follow`, what it prints until the sandbox
+/// ends.
+pub(crate) async fn console(sandbox: &Sandbox, follow: bool) -> Result<()> {
+    let shim = Shim::connect(sandbox).await?;
+    let mut from = 0;
+    let mut first = true;
+    loop {
+        let part = match shim.console(from).await {
+            Ok(part) => part,
+            // A sandbox that has ended answers no more.
+            Err(_) if follow && !first => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        // A VM that has ended has its last bytes numbered anew: they have been seen.
+        if part.next < from {
+            return Ok(());
+        }
+        let lost = part.from.saturating_sub(from);
+        if lost > 0 {
+            eprintln!("({lost} older bytes are not kept)");
+        }
+        if !output::print(&part.text)? {
+            return Ok(());
+        }
+        let done = part.next == from;
+        from = part.next;
+        first = false;
+        match (done, follow) {
+            (false, _) => {}
+            (true, false) => return Ok(()),
+            (true, true) => tokio::time::sleep(CONSOLE_PERIOD).await,
+        }
     }
 }
 

@@ -11,6 +11,7 @@
 
 mod check;
 mod cli;
+mod config;
 mod exec;
 mod follow;
 mod list;
@@ -27,7 +28,7 @@ use clap::{CommandFactory, Parser};
 use crate::cli::{Arguments, Target, Verb};
 use crate::node::Sandbox;
 use crate::output::{Output, print};
-use crate::shim::{Lines, Shim};
+use crate::shim::Lines;
 
 fn main() -> ExitCode {
     run().unwrap_or_else(|error| {
@@ -40,6 +41,11 @@ fn run() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     match &arguments.verb {
         Verb::Check { output } => return check(&arguments, *output),
+        Verb::Config { default, output } => {
+            let file = (!default).then_some(arguments.config.as_path());
+            let config = config::effective(file)?;
+            print(&output.text(&config, config::Config::table)?)?;
+        }
         Verb::Completions { shell } => {
             let mut text = Vec::new();
             clap_complete::generate(*shell, &mut Arguments::command(), "cofferctl", &mut text);
@@ -81,9 +87,8 @@ async fn of_sandboxes(arguments: &Arguments) -> Result<ExitCode> {
             let dump = list::inspect(&find(target)?).await?;
             print(&output.text(&dump, list::inspect_table)?)?;
         }
-        Verb::Console { target } => {
-            let shim = Shim::connect(&find(target)?).await?;
-            print(&shim.console().await?)?;
+        Verb::Console { target, follow } => {
+            follow::console(&find(target)?, *follow).await?;
         }
         Verb::Logs { target, follow } => {
             let show = |line: &str| Ok(format!("{line}\n"));
@@ -108,14 +113,14 @@ async fn of_sandboxes(arguments: &Arguments) -> Result<ExitCode> {
                 Some(id) => vec![node::find(root, namespace, id)?],
                 None => node::sandboxes(root, namespace)?,
             };
-            return stats(&sandboxes, *output).await;
+            return stats(sandboxes, *output).await;
         }
-        Verb::Check { .. } | Verb::Completions { .. } | Verb::Man { .. } => {}
+        Verb::Check { .. } | Verb::Config { .. } | Verb::Completions { .. } | Verb::Man { .. } => {}
     }
     Ok(ExitCode::SUCCESS)
 }
 
-async fn stats(sandboxes: &[Sandbox], output: Output) -> Result<ExitCode> {
+async fn stats(sandboxes: Vec<Sandbox>, output: Output) -> Result<ExitCode> {
     let (figures, failed) = stats::figures(sandboxes).await;
     print(&output.text(&figures, |figures| stats::table(figures))?)?;
     for error in &failed {

@@ -36,15 +36,15 @@ impl Output {
     }
 }
 
-/// Prints, and takes a reader that has gone away (`cofferctl check | head -1`) as success.
-pub(crate) fn print(text: &str) -> io::Result<()> {
+/// Prints. A reader that has gone away (`cofferctl list | head -1`) is no error: `false` says so, to those that have more.
+pub(crate) fn print(text: &str) -> io::Result<bool> {
     let mut stdout = io::stdout().lock();
     match stdout
         .write_all(text.as_bytes())
         .and_then(|()| stdout.flush())
     {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        other => other,
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        done => done.map(|()| true),
     }
 }
 

@@ -12,7 +12,9 @@ use containerd_shim_protos::shim_async::{Client, TaskClient};
 use serde::Deserialize;
 use serde_json::Value;
 use shim_api::LINES_WAIT;
-use shim_api::api::{ConsoleRequest, DumpRequest, ExecRequest, LinesRequest, LinesResponse};
+use shim_api::api::{
+    ConsoleRequest, ConsoleResponse, DumpRequest, ExecRequest, LinesRequest, LinesResponse,
+};
 use shim_api::service::InspectClient;
 use tokio::time::timeout;
 use ttrpc::context::{Context as Deadline, with_duration};
@@ -95,11 +97,12 @@ impl Shim {
             .context("the shim's dump has another form: cofferctl and shim are of one release")
     }
 
-    /// The end of the guest's console.
-    pub(crate) async fn console(&self) -> Result<String> {
-        let request = ConsoleRequest::new();
+    /// The guest's console from byte number `from` on.
+    pub(crate) async fn console(&self, from: u64) -> Result<ConsoleResponse> {
+        let mut request = ConsoleRequest::new();
+        request.from = Some(from);
         let response = self.inspect.console(deadline(LIMIT), &request).await;
-        Ok(response.map_err(error).context("read the console")?.tail)
+        response.map_err(error).context("read the console")
     }
 
     /// Lines from number `from` on; `wait`s for the first.

@@ -25,19 +25,31 @@ pub(crate) struct Figures {
     container_id: String,
     /// CPU time since the container's start.
     cpu_usage_us: u64,
+    /// For how long a CPU limit has held it back.
+    cpu_throttled_us: u64,
     memory_bytes: u64,
+    /// What the kernel cannot take back at once, as the kubelet counts it: usage less inactive file pages.
+    memory_working_set_bytes: u64,
     memory_limit_bytes: Option<u64>,
     pids: u64,
     pids_limit: Option<u64>,
     io_read_bytes: Option<u64>,
     io_write_bytes: Option<u64>,
+    /// What the pod has received, for the container that stands for it.
+    network_receive_bytes: Option<u64>,
+    network_transmit_bytes: Option<u64>,
 }
 
-/// The figures of every container of `sandboxes`, and what kept others from being measured.
-pub(crate) async fn figures(sandboxes: &[Sandbox]) -> (Vec<Figures>, Vec<anyhow::Error>) {
+/// The figures of every container of `sandboxes`, and what kept others from being measured. The shims are asked beside each
+/// other.
+pub(crate) async fn figures(sandboxes: Vec<Sandbox>) -> (Vec<Figures>, Vec<anyhow::Error>) {
+    let asked: Vec<_> = sandboxes
+        .into_iter()
+        .map(|sandbox| tokio::spawn(async move { of_sandbox(&sandbox).await }))
+        .collect();
     let (mut measured, mut failed) = (Vec::new(), Vec::new());
-    for sandbox in sandboxes {
-        match of_sandbox(sandbox).await {
+    for all in asked {
+        match all.await.context("ask a shim").and_then(|all| all) {
             Ok(all) => {
                 for figures in all {
                     match figures {
@@ -91,9 +103,21 @@ fn of_v2(metrics: &MetricsV2) -> Figures {
         let devices = metrics.io.usage.iter().map(bytes);
         Some(devices.fold(0, u64::saturating_add))
     };
+    let interfaces = &metrics.network;
+    let network = |bytes: fn(&containerd_shim_protos::cgroups_v2::metrics::NetworkStat) -> u64| {
+        let sum = || interfaces.iter().map(bytes).fold(0, u64::saturating_add);
+        (!interfaces.is_empty()).then(sum)
+    };
     Figures {
         cpu_usage_us: metrics.cpu.usage_usec,
+        cpu_throttled_us: metrics.cpu.throttled_usec,
         memory_bytes: metrics.memory.usage,
+        memory_working_set_bytes: metrics
+            .memory
+            .usage
+            .saturating_sub(metrics.memory.inactive_file),
+        network_receive_bytes: network(|interface| interface.rx_bytes),
+        network_transmit_bytes: network(|interface| interface.tx_bytes),
         memory_limit_bytes: limit(metrics.memory.usage_limit),
         pids: metrics.pids.current,
         pids_limit: limit(metrics.pids.limit),
@@ -105,12 +129,34 @@ fn of_v2(metrics: &MetricsV2) -> Figures {
 
 fn of_v1(metrics: &MetricsV1) -> Figures {
     let memory = &metrics.memory.usage;
+    let io = |op: &str| {
+        let entries = metrics.blkio.io_service_bytes_recursive.iter();
+        let entries = entries.filter(|entry| entry.op.eq_ignore_ascii_case(op));
+        Some(
+            entries
+                .map(|entry| entry.value)
+                .fold(0, u64::saturating_add),
+        )
+    };
+    let interfaces = &metrics.network;
+    let network = |bytes: fn(&containerd_shim_protos::cgroups::metrics::NetworkStat) -> u64| {
+        let sum = || interfaces.iter().map(bytes).fold(0, u64::saturating_add);
+        (!interfaces.is_empty()).then(sum)
+    };
     Figures {
         cpu_usage_us: metrics.cpu.usage.total / 1000,
+        cpu_throttled_us: metrics.cpu.throttling.throttled_time / 1000,
         memory_bytes: memory.usage,
+        memory_working_set_bytes: memory
+            .usage
+            .saturating_sub(metrics.memory.total_inactive_file),
         memory_limit_bytes: (memory.limit < NO_LIMIT_V1).then_some(memory.limit),
         pids: metrics.pids.current,
         pids_limit: (metrics.pids.limit != 0).then_some(metrics.pids.limit),
+        io_read_bytes: io("read"),
+        io_write_bytes: io("write"),
+        network_receive_bytes: network(|interface| interface.rx_bytes),
+        network_transmit_bytes: network(|interface| interface.tx_bytes),
         ..Figures::default()
     }
 }
@@ -123,10 +169,13 @@ pub(crate) fn table(all: &[Figures]) -> String {
         "CONTAINER",
         "CPU TIME",
         "MEMORY",
+        "WORKING SET",
         "LIMIT",
         "PIDS",
         "READ",
         "WRITTEN",
+        "RECEIVED",
+        "SENT",
     ]);
     let bytes = |bytes: Option<u64>| bytes.map(size).unwrap_or_default();
     for figures in all {
@@ -136,10 +185,13 @@ pub(crate) fn table(all: &[Figures]) -> String {
             short(&figures.container_id),
             seconds(figures.cpu_usage_us),
             size(figures.memory_bytes),
+            size(figures.memory_working_set_bytes),
             bytes(figures.memory_limit_bytes),
             figures.pids.to_string(),
             bytes(figures.io_read_bytes),
             bytes(figures.io_write_bytes),
+            bytes(figures.network_receive_bytes),
+            bytes(figures.network_transmit_bytes),
         ]);
     }
     table.text()
@@ -183,10 +235,12 @@ mod tests {
         let second = v2::Metrics {
             cpu: MessageField::some(v2::CPUStat {
                 usage_usec: 5,
+                throttled_usec: 9,
                 ..Default::default()
             }),
             memory: MessageField::some(v2::MemoryStat {
                 usage: 6,
+                inactive_file: 2,
                 usage_limit: u64::MAX,
                 ..Default::default()
             }),
@@ -199,20 +253,37 @@ mod tests {
                 usage: vec![io(1, 2), io(10, 20)],
                 ..Default::default()
             }),
+            network: vec![
+                v2::NetworkStat {
+                    rx_bytes: 30,
+                    tx_bytes: 40,
+                    ..Default::default()
+                };
+                2
+            ],
             ..Default::default()
         };
         let expected = Figures {
             cpu_usage_us: 5,
+            cpu_throttled_us: 9,
             memory_bytes: 6,
+            memory_working_set_bytes: 4,
             pids: 7,
             pids_limit: Some(8),
             io_read_bytes: Some(11),
             io_write_bytes: Some(22),
+            network_receive_bytes: Some(60),
+            network_transmit_bytes: Some(80),
             ..Figures::default()
         };
         let read_back = read(&any("io.containerd.cgroups.v2.Metrics", &second)).unwrap();
         assert_eq!(read_back, expected);
 
+        let entry = |op: &str, value| v1::BlkIOEntry {
+            op: op.to_owned(),
+            value,
+            ..Default::default()
+        };
         let first = v1::Metrics {
             cpu: MessageField::some(v1::CPUStat {
                 usage: MessageField::some(v1::CPUUsage {
@@ -227,6 +298,15 @@ mod tests {
                     limit: 9_223_372_036_854_771_712,
                     ..Default::default()
                 }),
+                total_inactive_file: 7,
+                ..Default::default()
+            }),
+            blkio: MessageField::some(v1::BlkIOStat {
+                io_service_bytes_recursive: vec![
+                    entry("Read", 3),
+                    entry("Write", 4),
+                    entry("Read", 5),
+                ],
                 ..Default::default()
             }),
             ..Default::default()
@@ -234,6 +314,9 @@ mod tests {
         let expected = Figures {
             cpu_usage_us: 5,
             memory_bytes: 6,
+            memory_working_set_bytes: 0,
+            io_read_bytes: Some(8),
+            io_write_bytes: Some(4),
             ..Figures::default()
         };
         let read_back = read(&any("io.containerd.cgroups.v1.Metrics", &first)).unwrap();
@@ -249,6 +332,7 @@ mod tests {
             container_id: "c1".to_owned(),
             cpu_usage_us: 61_234_567,
             memory_bytes: 3 << 20,
+            memory_working_set_bytes: 2 << 20,
             pids: 4,
             ..Figures::default()
         };
@@ -264,8 +348,11 @@ mod tests {
                 "c1",
                 "61.23 s",
                 "3.0 MiB",
+                "2.0 MiB",
                 "-",
                 "4",
+                "-",
+                "-",
                 "-",
                 "-"
             ]

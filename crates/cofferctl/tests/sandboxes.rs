@@ -9,6 +9,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Output, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{StatsRequest, StatsResponse};
@@ -36,7 +37,11 @@ const EVENTS: [&str; 2] = [
 ];
 
 /// A shim whose sandbox has ended once somebody has waited for its third event.
-struct FakeShim;
+#[derive(Default)]
+struct FakeShim {
+    /// Somebody has seen all of the console.
+    console_seen: AtomicBool,
+}
 
 #[async_trait]
 impl Inspect for FakeShim {
@@ -54,11 +59,20 @@ impl Inspect for FakeShim {
     async fn console(
         &self,
         _: &TtrpcContext,
-        _: api::ConsoleRequest,
+        request: api::ConsoleRequest,
     ) -> ttrpc::Result<api::ConsoleResponse> {
-        let refusal =
-            ttrpc::get_status(ttrpc::Code::FAILED_PRECONDITION, "the VM is not there yet");
-        Err(ttrpc::Error::RpcStatus(refusal))
+        let (from, next, text) = match request.from {
+            Some(0) => (5, 12, "kernel\n"),
+            Some(12) => (12, 15, "up\n"),
+            Some(15) if !self.console_seen.swap(true, Ordering::SeqCst) => (15, 15, ""),
+            _ => return Err(ttrpc::Error::Others("the sandbox has ended".to_owned())),
+        };
+        Ok(api::ConsoleResponse {
+            text: text.to_owned(),
+            from,
+            next,
+            ..Default::default()
+        })
     }
 
     async fn logs(
@@ -158,7 +172,7 @@ async fn node(root: &Path) -> Server {
         fs::write(dir.join("socket"), socket.to_str().unwrap()).unwrap();
         fs::write(dir.join("shim.json"), r#"{"pid":7,"start_time":8}"#).unwrap();
     }
-    let shim = Arc::new(FakeShim);
+    let shim = Arc::new(FakeShim::default());
     let mut server = Server::new()
         .bind(&format!("unix://{}", socket.display()))
         .unwrap()
@@ -251,15 +265,15 @@ async fn inspect_takes_the_beginning_of_an_id_and_has_all_in_yaml() {
 }
 
 #[tokio::test]
-async fn refusal_of_a_shim_is_shown_in_its_words() {
-    let dir = tempfile::tempdir().unwrap();
-    let _server = node(dir.path()).await;
-    let output = cofferctl(dir.path(), &["console", "abc1"]).await;
-    assert_eq!(output.status.code(), Some(1));
-    assert!(
-        stderr(&output).contains("the VM is not there yet"),
-        "{output:?}"
-    );
+async fn console_is_shown_as_far_as_it_is_kept_and_followed_to_the_end_of_the_sandbox() {
+    for arguments in [&["console", "abc1"][..], &["console", "-f", "abc1"]] {
+        let dir = tempfile::tempdir().unwrap();
+        let _server = node(dir.path()).await;
+        let output = cofferctl(dir.path(), arguments).await;
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(stdout(&output), "kernel\nup\n");
+        assert_eq!(stderr(&output), "(5 older bytes are not kept)\n");
+    }
 }
 
 #[tokio::test]
@@ -336,10 +350,71 @@ async fn stats_show_what_is_measured_and_tell_what_is_not() {
 }
 
 #[tokio::test]
+async fn node_without_sandboxes_has_empty_lists() {
+    let dir = tempfile::tempdir().unwrap();
+    let list = cofferctl(dir.path(), &["list"]).await;
+    assert_eq!(list.status.code(), Some(0));
+    assert_eq!(stdout(&list).lines().count(), 1, "the headings");
+    for words in [["list", "-o", "json"], ["stats", "-o", "json"]] {
+        assert_eq!(stdout(&cofferctl(dir.path(), &words).await), "[]\n");
+    }
+    let inspect = cofferctl(dir.path(), &["inspect", "abc"]).await;
+    assert_eq!(inspect.status.code(), Some(1));
+    assert!(stderr(&inspect).contains("cofferctl list"), "{inspect:?}");
+}
+
+#[tokio::test]
+async fn reader_that_goes_away_is_no_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let _server = node(dir.path()).await;
+    for words in [
+        &["list"][..],
+        &["config", "--default"],
+        &["logs", "abc1"],
+        &["events", "-f", "abc1"],
+        &["console", "-f", "abc1"],
+        &["completions", "bash"],
+    ] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut child = command(dir.path(), words)
+            .stdout(writer)
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let status = timeout(Duration::from_secs(60), child.wait()).await;
+        assert_eq!(status.unwrap().unwrap().code(), Some(0), "{words:?}");
+    }
+}
+
+#[tokio::test]
+async fn config_is_printed_as_a_config_file_and_a_wrong_one_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("c.toml");
+    fs::write(&file, "[guest]\ndefault_vcpus = 2\n").unwrap();
+    let config = file.to_str().unwrap();
+    let output = cofferctl(dir.path(), &["config", "--config", config]).await;
+    assert!(
+        stdout(&output).contains(&format!("default_vcpus = 2 # {config}\n")),
+        "{output:?}"
+    );
+    fs::write(&file, stdout(&output)).unwrap();
+    let again = cofferctl(dir.path(), &["config", "--config", config]).await;
+    assert_eq!(again.status.code(), Some(0), "{again:?}");
+    fs::write(&file, "[guest]\ndefault_vcpu = 2\n").unwrap();
+    let output = cofferctl(dir.path(), &["config", "--config", config]).await;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("did you mean guest.default_vcpus?"),
+        "{output:?}"
+    );
+}
+
+#[tokio::test]
 async fn completions_and_man_pages_have_every_verb() {
     let dir = tempfile::tempdir().unwrap();
     let verbs = [
-        "check", "list", "inspect", "console", "logs", "events", "stats",
+        "check", "config", "list", "inspect", "console", "logs", "events", "stats", "exec",
     ];
     for shell in ["bash", "zsh", "fish"] {
         let text = stdout(&cofferctl(dir.path(), &["completions", shell]).await);

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use hypervisor::{DriverError, DriverErrorKind};
 use ids::SandboxId;
@@ -16,10 +17,13 @@ use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 use vmm::control::ControlSocket;
 
 /// Stack of the thread; it only waits.
 const STACK_BYTES: usize = 64 << 10;
+/// How long the host may take to start the program: one on a file system that is gone takes for ever.
+const SPAWN_DEADLINE: Duration = Duration::from_secs(20);
 /// What is kept of a VMM's standard error: a panic's message.
 const MAX_STDERR_BYTES: u64 = 2048;
 
@@ -77,10 +81,12 @@ pub(crate) async fn start(
         .stack_size(STACK_BYTES)
         .spawn(move || guard(command, send_process, send_end))
         .map_err(failed)?;
-    match process.await {
-        Ok(Ok(process)) => Ok((process, end)),
-        Ok(Err(source)) => Err(failed(source)),
-        Err(_) => Err(failed(std::io::ErrorKind::BrokenPipe.into())),
+    // One that comes later finds nobody to take it, and is killed.
+    match timeout(SPAWN_DEADLINE, process).await {
+        Ok(Ok(Ok(process))) => Ok((process, end)),
+        Ok(Ok(Err(source))) => Err(failed(source)),
+        Ok(Err(_)) => Err(failed(std::io::ErrorKind::BrokenPipe.into())),
+        Err(elapsed) => Err(failed(elapsed.into())),
     }
 }
 

@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hypervisor::{
-    Adjustable, AttachedDisk, AttachedFileSystem, Disk, DriverError, DriverErrorKind, FileSystem,
-    Resize, Resized, RunningVm, VmExit, VmProcesses, VmSpec, VmTarget,
+    Adjustable, AttachedDisk, AttachedFileSystem, Console, Disk, DriverError, DriverErrorKind,
+    FileSystem, Resize, Resized, RunningVm, VmExit, VmProcesses, VmSpec, VmTarget,
 };
 use ids::{Bytes, DiskSerial, Limits, Mib, VcpuCount, VsockPort};
 use tokio::net::UnixStream;
@@ -133,7 +133,9 @@ impl EmbeddedVm {
     async fn text(&self, request: Request) -> Result<String, DriverError> {
         match self.call(request).await? {
             Answer::Text(text) => Ok(text),
-            Answer::Done | Answer::Attached { .. } | Answer::Size(_) => Err(unexpected()),
+            Answer::Done | Answer::Attached { .. } | Answer::Size(_) | Answer::Console { .. } => {
+                Err(unexpected())
+            }
         }
     }
 
@@ -148,7 +150,9 @@ impl EmbeddedVm {
                 memory: Mib(size.memory_mib),
                 bind_device: size.device,
             }),
-            Answer::Done | Answer::Attached { .. } | Answer::Text(_) => Err(unexpected()),
+            Answer::Done | Answer::Attached { .. } | Answer::Text(_) | Answer::Console { .. } => {
+                Err(unexpected())
+            }
         }
     }
 }
@@ -275,7 +279,9 @@ impl RunningVm for EmbeddedVm {
                 serial: disk.serial,
                 bind_device: Some(device),
             }),
-            Answer::Done | Answer::Text(_) | Answer::Size(_) => Err(unexpected()),
+            Answer::Done | Answer::Text(_) | Answer::Size(_) | Answer::Console { .. } => {
+                Err(unexpected())
+            }
         }
     }
 
@@ -315,7 +321,9 @@ impl RunningVm for EmbeddedVm {
             Answer::Attached { device } => Ok(AttachedFileSystem {
                 bind_device: Some(device),
             }),
-            Answer::Done | Answer::Text(_) | Answer::Size(_) => Err(unexpected()),
+            Answer::Done | Answer::Text(_) | Answer::Size(_) | Answer::Console { .. } => {
+                Err(unexpected())
+            }
         }
     }
 
@@ -336,11 +344,22 @@ impl RunningVm for EmbeddedVm {
         self.wait().await
     }
 
-    async fn console_tail(&self) -> String {
-        match self.text(Request::ConsoleTail).await {
-            Ok(tail) => tail,
-            // A VM that has ended has left its console with its last words.
-            Err(_) => self.link.last_words().unwrap_or_default().console,
+    async fn console(&self, from: Option<u64>) -> Console {
+        match self.call(Request::Console { from }).await {
+            Ok(Answer::Console { from, next, text }) => Console { from, next, text },
+            // A VM that has ended has left the end of its console with its last words.
+            _ if from.is_none() => Console {
+                text: self.link.last_words().unwrap_or_default().console,
+                ..Console::default()
+            },
+            _ => {
+                let from = from.unwrap_or_default();
+                Console {
+                    from,
+                    next: from,
+                    text: String::new(),
+                }
+            }
         }
     }
 

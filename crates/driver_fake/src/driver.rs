@@ -12,7 +12,7 @@ use agent_proto::{CONTROL_PORT, PROTOCOL_VERSION, STDIO_PORT, api, hello, servic
 use async_trait::async_trait;
 use futures::StreamExt;
 use hypervisor::{
-    Adjustable, AttachedDisk, AttachedFileSystem, Capabilities, Disk, Driver, DriverError,
+    Adjustable, AttachedDisk, AttachedFileSystem, Capabilities, Console, Disk, Driver, DriverError,
     DriverErrorKind, FileSystem, NetworkInterface, Resize, Resized, RunningVm, VmExit, VmProcesses,
     VmSpec, VmTarget,
 };
@@ -406,8 +406,16 @@ impl RunningVm for FakeVm {
         self.wait().await
     }
 
-    async fn console_tail(&self) -> String {
-        lock(&self.console).clone()
+    async fn console(&self, from: Option<u64>) -> Console {
+        let text = lock(&self.console).clone();
+        let next = u64::try_from(text.len()).unwrap_or(u64::MAX);
+        let from = from.unwrap_or(0).min(next);
+        let skipped = usize::try_from(from).unwrap_or(usize::MAX);
+        Console {
+            from,
+            next,
+            text: text.get(skipped..).unwrap_or_default().to_owned(),
+        }
     }
 
     async fn dump(&self) -> Result<String, DriverError> {

@@ -31,8 +31,8 @@ use tokio::net::UnixStream;
 pub use error::{DriverError, DriverErrorKind};
 pub use resize::{Resize, Resized, VmTarget};
 pub use spec::{
-    AttachedDisk, AttachedFileSystem, Capabilities, Disk, DiskAccess, FileSystem, NetworkInterface,
-    VmExit, VmProcesses, VmSpec,
+    AttachedDisk, AttachedFileSystem, Capabilities, Console, Disk, DiskAccess, FileSystem,
+    NetworkInterface, VmExit, VmProcesses, VmSpec,
 };
 
 /// A VMM that can run sandboxes.
@@ -107,9 +107,10 @@ pub trait RunningVm: Adjustable + Resize {
     /// Ends the VM now and waits until its processes are gone. Idempotent; never fails.
     async fn kill(&self) -> VmExit;
 
-    /// The last lines that the guest wrote to its console, for error messages. At most 4 KiB of printable text: control
-    /// characters are the guest's and are replaced.
-    async fn console_tail(&self) -> String;
+    /// What the guest has printed on its console from byte number `from` on, as far as it is kept and fits into one
+    /// answer; without `from` the last 4 KiB of it, which a VM that has ended gives too. Printable text: control
+    /// characters are the guest's and are replaced. Never fails; a VMM that does not answer has printed nothing.
+    async fn console(&self, from: Option<u64>) -> Console;
 
     /// The VMM's queues, connections and counters, as JSON for people.
     ///

@@ -74,6 +74,17 @@ pub enum DiskAccess {
     ReadWrite,
 }
 
+/// A part of what a guest has printed on its console. The guest has written it: it is not to be believed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Console {
+    /// The number of its first byte, counted from the VM's start.
+    pub from: u64,
+    /// The number of the byte after its last.
+    pub next: u64,
+    /// Printable characters, tabs and ends of lines.
+    pub text: String,
+}
+
 /// A disk that was attached while the VM ran.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AttachedDisk {

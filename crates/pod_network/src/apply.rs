@@ -32,7 +32,7 @@ use crate::netlink::RouteSocket;
 use crate::{Interface, Metadata, NetError, TapPlan};
 
 /// What the names of our taps begin with; the interface's index follows.
-const TAP_PREFIX: &str = "coffer";
+pub(crate) const TAP_PREFIX: &str = "coffer";
 const TUN_DEVICE: &str = "/dev/net/tun";
 /// TUNSETIFF (Linux `include/uapi/linux/if_tun.h`).
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;

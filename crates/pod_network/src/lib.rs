@@ -19,6 +19,7 @@
 //!   that was killed has left besides; so does the next [`PodNetwork::attach`].
 
 mod apply;
+mod counters;
 mod error;
 mod filter;
 mod interface;
@@ -31,6 +32,7 @@ mod read_rules;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+pub use counters::{Counters, counters};
 pub use error::NetError;
 pub use interface::{Address, Interface, Neighbour, Route, Rule};
 pub use loopback::{LoopbackGuard, LoopbackListener};

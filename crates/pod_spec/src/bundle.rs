@@ -9,8 +9,9 @@ use std::path::PathBuf;
 use ids::{Bytes, ContainerId, SandboxId};
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
+use crate::annotations::Overrides;
 use crate::block_devices::BlockDevice;
-use crate::config::Guest;
+use crate::config::{Guest, RuntimeConfig};
 use crate::description;
 use crate::error::SpecError;
 use crate::host_folders::HostFolder;
@@ -227,11 +228,16 @@ impl Bundle {
             .unwrap_or(false)
     }
 
-    /// The VM of the pod whose first container this is, on a node of this size.
+    /// The VM of the pod whose first container this is, on a node of this size, with what [`Self::overrides`] says.
     ///
     /// # Errors
     /// [`SpecError::HostNamespace`], [`SpecError::Unsupported`], [`SpecError::TooLarge`] or [`SpecError::Annotation`].
-    pub fn pod(&self, guest: &Guest, node: VmSize) -> Result<PodSpec, SpecError> {
+    pub fn pod(
+        &self,
+        guest: &Guest,
+        node: VmSize,
+        overrides: &Overrides,
+    ) -> Result<PodSpec, SpecError> {
         refusals::check(&self.spec)?;
         let linux = self.spec.linux().as_ref();
         let asked = linux.and_then(|linux| linux.namespaces().as_deref());
@@ -254,11 +260,19 @@ impl Bundle {
             sysctls.insert("kernel.domainname".to_owned(), name.clone());
         }
         Ok(PodSpec {
-            size: limits.pod_size(guest, node)?,
+            size: limits.pod_size(guest, node, overrides)?,
             hostname: self.spec.hostname().clone().filter(|name| !name.is_empty()),
             sysctls,
             shm: PodSpec::DEFAULT_SHM,
         })
+    }
+
+    /// What the annotations change of the pod's VM.
+    ///
+    /// # Errors
+    /// [`SpecError::UnknownAnnotation`], [`SpecError::AnnotationNotAllowed`] or [`SpecError::Annotation`].
+    pub fn overrides(&self, config: &RuntimeConfig) -> Result<Overrides, SpecError> {
+        Overrides::read(self.spec.annotations().as_ref(), config)
     }
 
     /// The container for the agent. It is an error to ask for one whose role is [`Role::Sandbox`]: it has none. The
@@ -323,14 +337,21 @@ fn role(spec: &Spec) -> Result<Role, SpecError> {
         Some(other) => Err(SpecError::Annotation {
             key: CONTAINER_TYPE,
             value: other.to_owned(),
-            expected: "\"sandbox\" or \"container\" was expected",
+            expected: "\"sandbox\" or \"container\" was expected".to_owned(),
         }),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use ids::{Mib, VcpuCount};
+
     use super::*;
+
+    const NODE: VmSize = VmSize {
+        vcpus: VcpuCount::ONE,
+        memory: Mib(1024),
+    };
 
     fn bundle(annotations: &str) -> Result<Bundle, SpecError> {
         Bundle::parse(
@@ -395,7 +416,9 @@ mod tests {
         let json = r#"{"ociVersion":"1.0.2","domainname":"nis","linux":{"sysctl":{"kernel.msgmax":"9"},
             "namespaces":[{"type":"pid"},{"type":"ipc"},{"type":"network"}]}}"#;
         let guest = crate::RuntimeConfig::default().guest;
-        let pod = Bundle::parse(json.as_bytes()).unwrap().pod(&guest).unwrap();
+        let overrides = Overrides::default();
+        let bundle = Bundle::parse(json.as_bytes()).unwrap();
+        let pod = bundle.pod(&guest, NODE, &overrides).unwrap();
         let sysctls: Vec<_> = pod.sysctls.iter().collect();
         let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
         let expected = [pair("kernel.domainname", "nis"), pair("kernel.msgmax", "9")];
@@ -410,7 +433,9 @@ mod tests {
         let json = r#"{"ociVersion":"1.0.2","linux":{
             "namespaces":[{"type":"pid"},{"type":"ipc"},{"type":"network"},{"type":"user"}]}}"#;
         let guest = crate::RuntimeConfig::default().guest;
-        let error = Bundle::parse(json.as_bytes()).unwrap().pod(&guest);
+        let overrides = Overrides::default();
+        let bundle = Bundle::parse(json.as_bytes()).unwrap();
+        let error = bundle.pod(&guest, NODE, &overrides);
         assert!(error.unwrap_err().to_string().contains("hostUsers"));
     }
 

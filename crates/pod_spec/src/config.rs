@@ -3,12 +3,14 @@
 
 //! The node's config file: one TOML file, every key optional, no key unknown.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use ids::{Mib, VcpuCount};
 
-use crate::config_text::{ConfigError, ConfigText};
+use crate::config_text::{ConfigEntry, ConfigError, ConfigText};
+use crate::endpoint::{self, Endpoint};
 
 /// The largest VM that a config can allow, in MiB (1 TiB).
 const MAX_MEMORY_MIB: u32 = 1 << 20;
@@ -39,6 +41,10 @@ pub struct RuntimeConfig {
     pub limits: Traffic,
     /// `[log]`.
     pub log: Log,
+    /// `[annotations]`: what pods may change of their VMs.
+    pub annotations: Annotations,
+    /// `[telemetry]`.
+    pub telemetry: Telemetry,
     /// `[debug]`.
     pub debug: Debug,
 }
@@ -152,6 +158,20 @@ pub struct Log {
     pub level: LogLevel,
 }
 
+/// `[annotations]`: what pods may change of their VMs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Annotations {
+    /// `allow`: the keys that a pod may have, of [`crate::ANNOTATIONS`]; a pod with another one is refused.
+    pub allow: BTreeSet<&'static str>,
+}
+
+/// `[telemetry]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Telemetry {
+    /// `otlp_endpoint`: where the spans of a pod's phases go; nowhere without one.
+    pub otlp_endpoint: Option<Endpoint>,
+}
+
 /// `[debug]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Debug {
@@ -185,6 +205,16 @@ impl RuntimeConfig {
         let config = Self::read(&mut text);
         text.finish()?;
         Ok(config)
+    }
+
+    /// Every key with the value that it has by the text of a config file, and whether that says so itself.
+    ///
+    /// # Errors
+    /// As [`Self::parse`].
+    pub fn entries(text: &str) -> Result<Vec<ConfigEntry>, ConfigError> {
+        let mut text = ConfigText::parse(text)?;
+        Self::read(&mut text);
+        text.finish()
     }
 
     fn read(text: &mut ConfigText) -> Self {
@@ -226,6 +256,16 @@ impl RuntimeConfig {
                     LogLevel::Info,
                 ),
             },
+            annotations: Annotations {
+                allow: text.annotations("annotations.allow"),
+            },
+            telemetry: Telemetry {
+                otlp_endpoint: text.optional(
+                    "telemetry.otlp_endpoint",
+                    endpoint::EXPECTED,
+                    Endpoint::parse,
+                ),
+            },
             debug: Debug {
                 rootfs: text.optional_path("debug.rootfs"),
             },
@@ -236,13 +276,13 @@ impl RuntimeConfig {
 impl Default for RuntimeConfig {
     /// The config of a node without a config file.
     fn default() -> Self {
-        Self::read(&mut ConfigText::empty())
+        Self::read(&mut ConfigText::default())
     }
 }
 
 impl Traffic {
     fn read(text: &mut ConfigText) -> Self {
-        let mut number = |key: &str, most: u64| text.number(key, 0, (0, most));
+        let mut number = |key: &'static str, most: u64| text.number(key, 0, (0, most));
         Self {
             ingress_bytes: number("limits.ingress_mbit", MAX_MBIT).saturating_mul(MBIT_BYTES),
             egress_bytes: number("limits.egress_mbit", MAX_MBIT).saturating_mul(MBIT_BYTES),
@@ -352,9 +392,32 @@ mod tests {
         let documented = page
             .lines()
             .filter_map(|line| line.strip_prefix("| `")?.split('`').next());
-        let mut text = ConfigText::empty();
-        RuntimeConfig::read(&mut text);
-        assert_eq!(documented.collect::<Vec<_>>(), text.known());
+        let entries = RuntimeConfig::entries("").unwrap();
+        let known: Vec<&str> = entries.iter().map(|entry| entry.key).collect();
+        assert_eq!(documented.collect::<Vec<_>>(), known);
+    }
+
+    #[test]
+    fn annotations_are_known_ones_only() {
+        let allow = |text: &str| {
+            RuntimeConfig::parse(text)
+                .map(|config| config.annotations.allow.into_iter().collect::<Vec<_>>())
+        };
+        assert_eq!(allow("").unwrap(), [""; 0], "none unless the node says so");
+        assert_eq!(
+            allow("[annotations]\nallow = [\"io.coffer.vm.vcpus\"]").unwrap(),
+            ["io.coffer.vm.vcpus"]
+        );
+        for (annotation, hint) in [
+            ("io.coffer.vm.vcpu", ": did you mean io.coffer.vm.vcpus?"),
+            ("io.coffer.*", ""),
+        ] {
+            let error = allow(&format!("[annotations]\nallow = [{annotation:?}]")).unwrap_err();
+            let expected = format!(
+                "the config has 1 mistake(s): annotations.allow has {annotation:?}, which is no annotation of Coffer's{hint}"
+            );
+            assert_eq!(error.to_string(), expected);
+        }
     }
 
     #[test]

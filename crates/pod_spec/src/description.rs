@@ -9,6 +9,7 @@ use std::path::Path;
 use ids::Bytes;
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Mount};
 
+use crate::annotations::Overrides;
 use crate::bundle::PodSpec;
 use crate::config::{Guest, HostNamespaces};
 use crate::error::SpecError;
@@ -42,11 +43,16 @@ pub struct PodDescription {
 }
 
 impl PodDescription {
-    /// The VM of the pod on a node of this size.
+    /// The VM of the pod on a node of this size, with what its annotations change.
     ///
     /// # Errors
-    /// [`SpecError::HostNamespace`], [`SpecError::Unsupported`] or [`SpecError::TooLarge`].
-    pub fn pod(&self, guest: &Guest, node: VmSize) -> Result<PodSpec, SpecError> {
+    /// [`SpecError::HostNamespace`], [`SpecError::Unsupported`], [`SpecError::TooLarge`] or [`SpecError::Annotation`].
+    pub fn pod(
+        &self,
+        guest: &Guest,
+        node: VmSize,
+        overrides: &Overrides,
+    ) -> Result<PodSpec, SpecError> {
         let refused = guest.host_namespaces == HostNamespaces::Refused;
         let hosts = [
             (self.host_network, "network", "hostNetwork"),
@@ -66,7 +72,7 @@ impl PodDescription {
             self.huge_pages,
         );
         Ok(PodSpec {
-            size: limits.pod_size(guest, node)?,
+            size: limits.pod_size(guest, node, overrides)?,
             hostname: Some(self.hostname.clone()).filter(|name| !name.is_empty()),
             sysctls: self.sysctls.clone(),
             shm: PodSpec::DEFAULT_SHM,
@@ -114,6 +120,8 @@ fn bind(destination: &str, source: &Path) -> Mount {
 
 #[cfg(test)]
 mod tests {
+    use ids::{Mib, VcpuCount};
+
     use super::*;
     use crate::{Bundle, HostMounts, RuntimeConfig};
 
@@ -121,12 +129,21 @@ mod tests {
         RuntimeConfig::parse("").unwrap().guest
     }
 
+    fn pod(description: &PodDescription, guest: &Guest) -> Result<PodSpec, SpecError> {
+        let node = VmSize {
+            vcpus: VcpuCount::ONE,
+            memory: Mib(1024),
+        };
+        description.pod(guest, node, &Overrides::default())
+    }
+
     #[test]
     fn limits_size_the_vm_and_none_gives_the_nodes_default() {
         let guest = guest();
-        let default = PodDescription::default().pod(&guest).unwrap();
+        let default = pod(&PodDescription::default(), &guest).unwrap();
+        let started = default.size.started_with;
         assert_eq!(
-            (default.size.vcpus, default.size.memory, default.hostname),
+            (started.vcpus, started.memory, default.hostname),
             (guest.default_vcpus, guest.default_memory, None)
         );
         let description = PodDescription {
@@ -136,9 +153,12 @@ mod tests {
             memory: 256 << 20,
             ..PodDescription::default()
         };
-        let pod = description.pod(&guest).unwrap();
-        assert_eq!(pod.size.vcpus.get(), 2);
-        assert_eq!(pod.size.memory.0, 256 + guest.overhead_memory.0);
+        let pod = pod(&description, &guest).unwrap();
+        assert_eq!(pod.size.started_with.vcpus.get(), 2);
+        assert_eq!(
+            pod.size.started_with.memory.0,
+            256 + guest.overhead_memory.0
+        );
         assert_eq!(pod.hostname.as_deref(), Some("web"));
     }
 
@@ -148,7 +168,7 @@ mod tests {
         description
             .sysctls
             .insert("vm.swappiness".to_owned(), "1".to_owned());
-        let error = description.pod(&guest()).unwrap_err().to_string();
+        let error = pod(&description, &guest()).unwrap_err().to_string();
         assert!(error.contains("vm.swappiness"), "{error}");
     }
 
@@ -161,13 +181,13 @@ mod tests {
                 host_pid: field == "hostPID",
                 ..PodDescription::default()
             };
-            let error = description.pod(&guest()).unwrap_err().to_string();
+            let error = pod(&description, &guest()).unwrap_err().to_string();
             assert!(error.contains(field), "{error}");
             let guests = Guest {
                 host_namespaces: HostNamespaces::Guest,
                 ..guest()
             };
-            assert_eq!(description.pod(&guests).is_err(), field == "hostNetwork");
+            assert_eq!(pod(&description, &guests).is_err(), field == "hostNetwork");
         }
     }
 

@@ -42,7 +42,7 @@ pub enum SpecError {
     /// A field that the OCI runtime spec requires is missing.
     #[error("config.json has no {0}: the OCI runtime spec requires it for a Linux container")]
     Missing(&'static str),
-    /// The CRI annotations contradict each other.
+    /// An annotation's value is not what it must be.
     #[error("annotation {key} is {value:?}: {expected}")]
     Annotation {
         /// The annotation's key.
@@ -50,8 +50,22 @@ pub enum SpecError {
         /// What it holds.
         value: String,
         /// What was expected.
-        expected: &'static str,
+        expected: String,
     },
+    /// An annotation with Coffer's prefix that Coffer does not know.
+    #[error("unknown annotation {key}{}", did_you_mean(.nearest))]
+    UnknownAnnotation {
+        /// Its key, cut.
+        key: String,
+        /// The nearest that there is.
+        nearest: Option<&'static str>,
+    },
+    /// An annotation of Coffer's that the node does not allow.
+    #[error(
+        "annotation {0} is not allowed on this node: leave it out, or have the operator add it to annotations.allow in \
+         the node's config"
+    )]
+    AnnotationNotAllowed(&'static str),
     /// An id is not valid.
     #[error("config.json names no valid sandbox")]
     Id(#[source] ids::InvalidId),
@@ -83,6 +97,21 @@ pub enum SpecError {
         /// The config's key.
         key: &'static str,
     },
+}
+
+/// The most characters of a text of the pod's author that go into an error.
+const MAX_SHOWN: usize = 64;
+
+/// A text of the pod's author, cut for an error.
+pub(crate) fn shown(text: &str) -> String {
+    match text.char_indices().nth(MAX_SHOWN) {
+        Some((end, _)) => format!("{}...", text.get(..end).unwrap_or_default()),
+        None => text.to_owned(),
+    }
+}
+
+fn did_you_mean(nearest: &Option<&'static str>) -> String {
+    nearest.map_or_else(String::new, |nearest| format!(": did you mean {nearest}?"))
 }
 
 impl SpecError {

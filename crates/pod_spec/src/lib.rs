@@ -15,12 +15,15 @@
 //! at [`Bundle::container`].
 #![forbid(unsafe_code)]
 
+mod annotations;
 mod block_devices;
 mod bundle;
 mod config;
+mod config_print;
 mod config_text;
 mod description;
 mod devices;
+mod endpoint;
 mod error;
 mod host_folders;
 mod host_mounts;
@@ -35,14 +38,17 @@ mod translate;
 mod update;
 mod volumes;
 
+pub use annotations::{ANNOTATIONS, Annotation, Overrides, PREFIX as ANNOTATION_PREFIX};
 pub use block_devices::BlockDevice;
 pub use bundle::{Bundle, ContainerSpec, HostCopy, MAX_SPEC_BYTES, PodSpec, Role, SubPath};
 pub use config::{
-    Debug, FileServer, Guest, HostNamespaces, Log, LogLevel, MIN_VM_MEMORY, MetadataService,
-    Network, RuntimeConfig, Storage, Traffic, Vmm,
+    Annotations, Debug, FileServer, Guest, HostNamespaces, Log, LogLevel, MIN_VM_MEMORY,
+    MetadataService, Network, RuntimeConfig, Storage, Telemetry, Traffic, Vmm,
 };
-pub use config_text::{ConfigError, ConfigMistake};
+pub use config_print::print_config;
+pub use config_text::{ConfigEntry, ConfigError, ConfigMistake, ConfigOrigin};
 pub use description::PodDescription;
+pub use endpoint::Endpoint;
 pub use error::SpecError;
 pub use host_folders::{FolderAccess, FolderPropagation, HostFolder, MAX_WRITABLE_MOUNTS};
 pub use host_mounts::HostMounts;

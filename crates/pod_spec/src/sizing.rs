@@ -11,8 +11,9 @@ use std::collections::HashMap;
 use ids::{Bytes, Mib, VcpuCount};
 use oci_spec::runtime::LinuxResources;
 
+use crate::annotations::Overrides;
 use crate::config::{Guest, MIN_VM_MEMORY};
-use crate::error::SpecError;
+use crate::error::{SpecError, shown};
 
 const CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
 const CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
@@ -64,8 +65,8 @@ impl Limits {
                 .map(positive)
                 .map_err(|_| SpecError::Annotation {
                     key,
-                    value: text.clone(),
-                    expected: "a whole number was expected",
+                    value: shown(text),
+                    expected: "a whole number was expected".to_owned(),
                 }),
         };
         let cpu = number(CPU_QUOTA)?.zip(number(CPU_PERIOD)?);
@@ -109,44 +110,62 @@ impl Limits {
         }
     }
 
-    /// The VM for these limits on a node of this size, and what it can become.
-    pub(crate) fn pod_size(self, guest: &Guest, node: VmSize) -> Result<PodSize, SpecError> {
-        let started_with = self.vm_size(guest)?;
+    /// The VM for these limits on a node of this size, and what it can become. Where the pod's annotations say something,
+    /// no limit makes it larger.
+    pub(crate) fn pod_size(
+        self,
+        guest: &Guest,
+        node: VmSize,
+        overrides: &Overrides,
+    ) -> Result<PodSize, SpecError> {
+        let started_with = self.vm_size(guest, overrides)?;
         let spare = guest.spare_vcpus;
         let vcpus = VcpuCount::new(started_with.vcpus.get().saturating_add(spare));
         let vcpus = vcpus.unwrap_or(started_with.vcpus).min(guest.max_vcpus);
+        let vcpus = vcpus.min(node.vcpus).max(started_with.vcpus);
+        let memory = guest.max_memory.min(node.memory).max(started_with.memory);
         Ok(PodSize {
             started_with,
             largest: VmSize {
-                vcpus: vcpus.min(node.vcpus).max(started_with.vcpus),
-                memory: guest.max_memory.min(node.memory).max(started_with.memory),
+                vcpus: overrides.vcpus.unwrap_or(vcpus),
+                memory: overrides.memory.unwrap_or(memory),
             },
             overhead: guest.overhead_memory,
         })
     }
 
-    /// The VM for these limits.
-    fn vm_size(self, guest: &Guest) -> Result<VmSize, SpecError> {
-        let vcpus = match self.cpu {
-            None => guest.default_vcpus,
-            Some((quota, period)) => {
-                let wanted = quota.div_ceil(period);
-                let too_large = || SpecError::TooLarge {
-                    wanted,
-                    unit: "vCPUs",
-                    limit: u64::from(guest.max_vcpus.get()),
-                    key: "guest.max_vcpus",
-                };
-                let vcpus = u8::try_from(wanted)
-                    .ok()
-                    .and_then(VcpuCount::new)
-                    .ok_or_else(too_large)?;
-                if vcpus > guest.max_vcpus {
-                    return Err(too_large());
-                }
-                vcpus
-            }
+    /// The VM for these limits, as far as the pod's annotations say nothing else.
+    pub(crate) fn vm_size(self, guest: &Guest, overrides: &Overrides) -> Result<VmSize, SpecError> {
+        let memory = self.vm_memory(guest)?;
+        let memory = match self.memory {
+            None => overrides.memory.unwrap_or(memory),
+            Some(_) => overrides.memory_within(memory)?.unwrap_or(memory),
         };
+        let vcpus = match overrides.vcpus {
+            None => self.vm_vcpus(guest)?,
+            Some(vcpus) => vcpus,
+        };
+        Ok(VmSize { vcpus, memory })
+    }
+
+    fn vm_vcpus(self, guest: &Guest) -> Result<VcpuCount, SpecError> {
+        let Some((quota, period)) = self.cpu else {
+            return Ok(guest.default_vcpus);
+        };
+        let wanted = quota.div_ceil(period);
+        u8::try_from(wanted)
+            .ok()
+            .and_then(VcpuCount::new)
+            .filter(|vcpus| *vcpus <= guest.max_vcpus)
+            .ok_or(SpecError::TooLarge {
+                wanted,
+                unit: "vCPUs",
+                limit: u64::from(guest.max_vcpus.get()),
+                key: "guest.max_vcpus",
+            })
+    }
+
+    fn vm_memory(self, guest: &Guest) -> Result<Mib, SpecError> {
         let huge_pages = self.huge_pages.0.div_ceil(1 << 20);
         let memory = match self.memory {
             None if huge_pages == 0 => guest.default_memory,
@@ -171,10 +190,7 @@ impl Limits {
                 })?
             }
         };
-        Ok(VmSize {
-            vcpus,
-            memory: memory.max(MIN_VM_MEMORY),
-        })
+        Ok(memory.max(MIN_VM_MEMORY))
     }
 }
 
@@ -201,7 +217,11 @@ mod tests {
     }
 
     fn size(pairs: &[(&str, &str)]) -> Result<VmSize, SpecError> {
-        Limits::from_annotations(&annotations(pairs))?.vm_size(&guest())
+        sized(pairs, &Overrides::default())
+    }
+
+    fn sized(pairs: &[(&str, &str)], overrides: &Overrides) -> Result<VmSize, SpecError> {
+        Limits::from_annotations(&annotations(pairs))?.vm_size(&guest(), overrides)
     }
 
     #[test]
@@ -252,7 +272,11 @@ mod tests {
             vcpus: VcpuCount::new(vcpus).unwrap(),
             memory: Mib(memory),
         };
-        let largest = |node| Limits::default().pod_size(&guest(), node).unwrap().largest;
+        let none = Overrides::default();
+        let largest = |node| {
+            let size = Limits::default().pod_size(&guest(), node, &none);
+            size.unwrap().largest
+        };
         assert_eq!(largest(size(2, 2048)), size(2, 2048));
         assert_eq!(
             largest(size(1, 64)),
@@ -265,15 +289,23 @@ mod tests {
             cpu: Some((7, 1)),
             ..Limits::default()
         };
-        let large = large.pod_size(&guest(), size(200, 1 << 20)).unwrap();
+        let large = large.pod_size(&guest(), size(200, 1 << 20), &none).unwrap();
         assert_eq!(large.largest.vcpus.get(), 8, "guest.max_vcpus");
+        let overrides = Overrides {
+            vcpus: VcpuCount::new(2),
+            memory: None,
+        };
+        let fixed = Limits::default().pod_size(&guest(), size(200, 2048), &overrides);
+        let fixed = fixed.unwrap();
+        assert_eq!(fixed.started_with, size(2, 512));
+        assert_eq!(fixed.largest, size(2, 2048), "what an annotation says");
     }
 
     #[test]
     fn huge_pages_come_beside_the_memory_limit() {
         let size = |json: &str| {
             let resources = serde_json::from_str(json).unwrap();
-            Limits::from_resources(Some(&resources)).vm_size(&guest())
+            Limits::from_resources(Some(&resources)).vm_size(&guest(), &Overrides::default())
         };
         let pages = r#""hugepageLimits":[{"pageSize":"2MB","limit":67108865},{"pageSize":"1GB","limit":0},
             {"pageSize":"64KB","limit":9223372036854775807}]"#;
@@ -287,6 +319,28 @@ mod tests {
                 .unwrap_err()
                 .to_string()
                 .contains("guest.max_memory_mib")
+        );
+    }
+
+    #[test]
+    fn annotations_of_ours_replace_what_the_limits_give_but_not_beyond_a_memory_limit() {
+        let overrides = |vcpus, memory: Option<u32>| Overrides {
+            vcpus: VcpuCount::new(vcpus),
+            memory: memory.map(Mib),
+        };
+        let free = sized(&[], &overrides(4, Some(2048))).unwrap();
+        assert_eq!((free.vcpus.get(), free.memory), (4, Mib(2048)));
+        let limits = [
+            (CPU_QUOTA, "900000"),
+            (CPU_PERIOD, "100000"),
+            (MEMORY, "268435456"),
+        ];
+        let limited = sized(&limits, &overrides(4, Some(256 + 64))).unwrap();
+        assert_eq!((limited.vcpus.get(), limited.memory), (4, Mib(256 + 64)));
+        let error = sized(&limits, &overrides(4, Some(256 + 65))).unwrap_err();
+        assert!(
+            error.to_string().contains("at most 320 MiB are allowed"),
+            "{error}"
         );
     }
 

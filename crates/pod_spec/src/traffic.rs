@@ -80,7 +80,7 @@ fn bandwidth(
         .ok_or_else(|| SpecError::Annotation {
             key,
             value: value.clone(),
-            expected: "bits per second from 1k to 1P were expected, such as 10M",
+            expected: "bits per second from 1k to 1P were expected, such as 10M".to_owned(),
         })
 }
 

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use hypervisor::Console;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
@@ -39,14 +40,23 @@ pub(crate) fn own(owner: &Owner) -> Value {
             })
         })
         .collect();
+    let requests: Vec<Value> = owner
+        .waiting
+        .values()
+        .map(|(waiting, since)| json!({ "for": waiting.name(), "ms": milliseconds(since.elapsed()) }))
+        .collect();
     json!({
         "sandbox_id": owner.shared.id.as_str(),
         "processes": processes,
-        "requests_waiting": owner.waiting.len(),
+        "requests_waiting": requests,
         "exits_held": owner.held_exits.len(),
         "work_under_way": owner.work.len(),
         "closing": owner.closing,
     })
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Adds what VMM and agent say, as far as they do, and answers.
@@ -64,7 +74,13 @@ pub(crate) async fn answer(shared: Arc<Shared>, mut own: Value, reply: Reply<Val
                 .agent
                 .pending()
                 .into_iter()
-                .map(|(method, since)| json!({ "method": method, "ms": since.as_secs_f64() * 1e3 }))
+                .map(|call| {
+                    json!({
+                        "method": call.method,
+                        "ms": milliseconds(call.age),
+                        "deadline_ms": milliseconds(call.deadline),
+                    })
+                })
                 .collect();
             let (vmm, agent) = tokio::join!(
                 timeout(LIMIT, guest.vm.dump()),
@@ -89,20 +105,23 @@ pub(crate) async fn answer(shared: Arc<Shared>, mut own: Value, reply: Reply<Val
     drop(reply.send(Ok(own)));
 }
 
-/// Answers with the guest's console.
-pub(crate) async fn console(shared: Arc<Shared>, reply: Reply<String>) {
+/// Answers with the guest's console; of a VM that has ended, with the end of it.
+pub(crate) async fn console(shared: Arc<Shared>, from: Option<u64>, reply: Reply<Console>) {
     let state = shared.vm.borrow().clone();
     let vm = match state {
         VmState::Starting => Err(SandboxError::new(
             SandboxErrorKind::FailedPrecondition,
             "the VM is not there yet",
         )),
-        VmState::Failed(failure) => Err(failure.to_error()),
+        VmState::Failed(failure) => {
+            drop(reply.send(failure.console(from).ok_or_else(|| failure.to_error())));
+            return;
+        }
         VmState::Launched(vm) => Ok(vm),
         VmState::Ready(guest) => Ok(Arc::clone(&guest.vm)),
     };
-    let tail = match vm {
-        Ok(vm) => timeout(LIMIT, vm.console_tail()).await.map_err(|_| {
+    let console = match vm {
+        Ok(vm) => timeout(LIMIT, vm.console(from)).await.map_err(|_| {
             SandboxError::new(
                 SandboxErrorKind::DeadlineExceeded,
                 "the VMM does not answer",
@@ -111,7 +130,7 @@ pub(crate) async fn console(shared: Arc<Shared>, reply: Reply<String>) {
         Err(error) => Err(error),
     };
     // The caller may have gone away.
-    drop(reply.send(tail));
+    drop(reply.send(console));
 }
 
 fn described<E: std::fmt::Display>(

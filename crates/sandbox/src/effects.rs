@@ -26,6 +26,16 @@ pub(crate) enum Waiting {
 }
 
 impl Waiting {
+    /// What it waits for, for people.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Pid(_) => "creation or start",
+            Self::Exit(_) => "exit",
+            Self::Deleted(_) => "deletion",
+            Self::Done(_) => "pause or resumption",
+        }
+    }
+
     fn fail(self, error: SandboxError) {
         // The callers may have gone away.
         match self {
@@ -119,7 +129,7 @@ impl Owner {
     }
 
     pub(crate) fn answer(&mut self, ticket: Ticket, answer: Answer<SandboxError>) {
-        let Some(waiting) = self.waiting.remove(&ticket) else {
+        let Some((waiting, _)) = self.waiting.remove(&ticket) else {
             return;
         };
         match (waiting, answer) {
@@ -194,7 +204,7 @@ impl Owner {
         ticket: Option<Ticket>,
     ) {
         let reply = ticket.and_then(|ticket| match self.waiting.remove(&ticket) {
-            Some(Waiting::Done(reply)) => Some(reply),
+            Some((Waiting::Done(reply), _)) => Some(reply),
             _ => None,
         });
         let request = work::signal_request(&process, generation, signal, scope);

@@ -4,6 +4,7 @@
 //! The handle by which callers reach a sandbox's owner task.
 
 use agent_client::TerminalSize;
+use hypervisor::Console;
 use ids::{ContainerId, Limits};
 use task_state::{Exit, Pid, ProcessId};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -227,13 +228,15 @@ impl SandboxHandle {
         self.ask(Request::Dump).await
     }
 
-    /// The last that the guest wrote to its console, at most 4 KiB; the guest has written it, so it is not to be believed.
+    /// What the guest has printed on its console from byte number `from` on, as far as it is kept and fits into one
+    /// answer; without `from` the last 4 KiB. The guest has written it, so it is not to be believed. Of a VM that has
+    /// ended there are the last 4 KiB only, and they are numbered anew.
     ///
     /// # Errors
-    /// [`SandboxErrorKind::FailedPrecondition`] before the VM is there; what the VM's end was, after it;
+    /// [`SandboxErrorKind::FailedPrecondition`] before the VM is there; what the VM's end was, if there never was one;
     /// [`SandboxErrorKind::DeadlineExceeded`] if the VMM does not answer; [`SandboxErrorKind::Unavailable`] after the end.
-    pub async fn console(&self) -> Result<String, SandboxError> {
-        self.ask(Request::Console).await
+    pub async fn console(&self, from: Option<u64>) -> Result<Console, SandboxError> {
+        self.ask(|reply| Request::Console(from, reply)).await
     }
 
     async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T, SandboxError> {

@@ -13,7 +13,7 @@ use pod_spec::{HostFolder, Limits, LiveVolume};
 use pod_storage::{BlockVolume, EmptyDirVolume, WrittenBack};
 
 use crate::error::SandboxError;
-use crate::request::CreateTask;
+use crate::request::{CreateTask, InterfaceCounters};
 
 /// Prepares what VM and containers are made of. Every method may block; the sandbox calls them on blocking threads, any
 /// number at a time. A call that nobody waits for any more goes on, and its plan is dropped.
@@ -38,6 +38,11 @@ pub trait Host: Send + Sync {
     /// # Errors
     /// The pod's cgroup cannot be found.
     fn memory_limit(&self) -> Result<Option<Mib>, SandboxError>;
+
+    /// What has passed through the pod's network interfaces; none if it has none, or they are gone.
+    fn interfaces(&self) -> Vec<InterfaceCounters> {
+        Vec::new()
+    }
 }
 
 /// A pod's VM, ready to be launched.

@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use agent_proto::api;
 use file_server::{Access, FileServer, FileServerError, Propagation, ServerExit, Share, ShareName};
@@ -18,6 +19,7 @@ use hypervisor::{FileSystem, RunningVm};
 use ids::SandboxId;
 use pod_spec::{FolderAccess, FolderPropagation, HostFolder};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
 
 use crate::convert;
 use crate::error::{SandboxError, SandboxErrorKind};
@@ -25,6 +27,10 @@ use crate::vm;
 
 /// By which the guest finds the file system.
 const TAG: &str = "coffer-host";
+
+/// How long the host may take to open a directory and mount it: one of a network file system whose server is gone takes for
+/// ever, and the VM's end waits for what is under way here.
+const ADD_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Shares directories. Cheap to clone.
 #[derive(Clone)]
@@ -191,7 +197,14 @@ impl Task {
             }
             let server = Arc::clone(&running.server);
             let (name, source) = (folder.name.clone(), folder.source.clone());
-            let added = vm::blocking(move || add(&server, &folder)).await?;
+            let adding = vm::blocking(move || add(&server, &folder));
+            let added = timeout(ADD_DEADLINE, adding).await.map_err(|_| {
+                let what = format!(
+                    "share {} with the pod: the host does not open it within {ADD_DEADLINE:?}; is it on a server that is gone?",
+                    source.display()
+                );
+                SandboxError::new(SandboxErrorKind::DeadlineExceeded, what)
+            })??;
             added.map_err(|error| {
                 let what = format!("share {} with the pod", source.display());
                 SandboxError::new(kind(&error), what).because(error)

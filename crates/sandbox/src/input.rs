@@ -6,6 +6,7 @@
 use std::any::Any;
 
 use agent_client::{AgentEvent, TerminalSize};
+use hypervisor::Console;
 use ids::{ContainerId, DiskSerial, Generation, Limits};
 use pod_storage::WrittenBack;
 use task_state::{Exit, Pid, ProcessId, Role};
@@ -77,5 +78,5 @@ pub(crate) enum Request {
     Shutdown(Reply<()>),
     Terminate,
     Dump(Reply<serde_json::Value>),
-    Console(Reply<String>),
+    Console(Option<u64>, Reply<Console>),
 }

@@ -51,9 +51,10 @@ pub use handle::SandboxHandle;
 pub use host::{
     ContainerKind, ContainerPlan, GuestContainer, GuestDisk, GuestRootfs, Host, PodPlan,
 };
+pub use hypervisor::Console;
 pub use owner::{Boot, Deadlines, SandboxOptions, spawn};
 pub use request::{
-    CreateTask, Deleted, ExecTask, KillScope, ProcessInfo, ProcessState, RootfsMount, Shell,
-    TaskStats,
+    CgroupStats, CreateTask, Deleted, ExecTask, InterfaceCounters, KillScope, ProcessInfo,
+    ProcessState, RootfsMount, Shell, TaskStats, Traffic,
 };
 pub use task_state::{Exit, Pid, ProcessId, Status};

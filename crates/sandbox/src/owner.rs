@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use agent_client::AgentEvent;
 use hypervisor::Driver;
@@ -170,8 +170,8 @@ pub(crate) struct Owner {
     pub(crate) execs: BTreeMap<ProcessId, ExecRecord>,
     /// Exits that wait for files to be written back.
     pub(crate) held_exits: BTreeMap<ProcessId, (Generation, task_state::Exit)>,
-    /// Requests whose answers come later.
-    pub(crate) waiting: HashMap<Ticket, Waiting>,
+    /// Requests whose answers come later, and since when.
+    pub(crate) waiting: HashMap<Ticket, (Waiting, Instant)>,
     last_ticket: u64,
     /// Everything that runs beside the owner, the VM's task included.
     pub(crate) work: JoinSet<()>,
@@ -324,7 +324,7 @@ impl Owner {
     pub(crate) fn ticket(&mut self, waiting: Waiting) -> Ticket {
         self.last_ticket = self.last_ticket.wrapping_add(1);
         let ticket = Ticket(self.last_ticket);
-        self.waiting.insert(ticket, waiting);
+        self.waiting.insert(ticket, (waiting, Instant::now()));
         ticket
     }
 

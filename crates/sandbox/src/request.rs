@@ -96,11 +96,45 @@ pub struct ProcessInfo {
     pub exec: Option<ExecId>,
 }
 
-/// Whose figures answer `Stats`.
+/// What answers `Stats`.
 #[derive(Debug, Clone, PartialEq)]
-pub enum TaskStats {
+pub struct TaskStats {
+    /// The cgroup's figures.
+    pub cgroup: CgroupStats,
+    /// The pod's network interfaces, for the container that stands for the pod; none for its other containers, which
+    /// share them.
+    pub interfaces: Vec<InterfaceCounters>,
+}
+
+/// Whose cgroup it is.
+#[derive(Debug, Clone, PartialEq)]
+pub enum CgroupStats {
     /// A container's in the guest.
     Guest(Box<api::ContainerStats>),
     /// The sandbox container stands for the VM: its figures are those of the host processes of the pod.
-    Sandbox,
+    Host,
+}
+
+/// What has passed through an interface of the pod, as the pod sees it (Linux, Documentation/networking/statistics.rst).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct InterfaceCounters {
+    /// Its name.
+    pub name: String,
+    /// What the pod has received.
+    pub received: Traffic,
+    /// What the pod has sent.
+    pub sent: Traffic,
+}
+
+/// One direction.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Bytes of the packets below.
+    pub bytes: u64,
+    /// Packets that have passed.
+    pub packets: u64,
+    /// Packets that were broken.
+    pub errors: u64,
+    /// Packets for which there was no room.
+    pub dropped: u64,
 }

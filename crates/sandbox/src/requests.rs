@@ -93,9 +93,9 @@ impl Owner {
                 self.work
                     .spawn(dump::answer(Arc::clone(&self.shared), own, reply));
             }
-            Request::Console(reply) => {
+            Request::Console(from, reply) => {
                 self.work
-                    .spawn(dump::console(Arc::clone(&self.shared), reply));
+                    .spawn(dump::console(Arc::clone(&self.shared), from, reply));
             }
         }
     }
@@ -343,17 +343,18 @@ impl Owner {
 
     fn stats(&mut self, container: ContainerId, reply: Reply<TaskStats>) {
         match self.task(&container) {
-            Ok((Role::Sandbox, _)) => drop(reply.send(Ok(TaskStats::Sandbox))),
-            Ok((Role::Guest, _)) => {
-                if let Some(record) = self.containers.get(&container) {
-                    let figures = Arc::clone(&record.figures);
-                    if figures.begin() {
-                        let (shared, figures) = (Arc::clone(&self.shared), Arc::clone(&figures));
-                        self.work
-                            .spawn(stats::ask(shared, container.clone(), figures));
-                    }
-                    self.work.spawn(stats::answer(container, figures, reply));
+            Ok((role, _)) => {
+                let record = self.containers.get(&container);
+                let figures = record.map(|record| Arc::clone(&record.figures));
+                let figures = figures.filter(|_| role == Role::Guest);
+                if let Some(figures) = figures.as_ref().filter(|figures| figures.begin()) {
+                    let (shared, figures) = (Arc::clone(&self.shared), Arc::clone(figures));
+                    self.work
+                        .spawn(stats::ask(shared, container.clone(), figures));
                 }
+                let shared = Arc::clone(&self.shared);
+                self.work
+                    .spawn(stats::answer(shared, container, figures, reply));
             }
             Err(error) => drop(reply.send(Err(error))),
         }

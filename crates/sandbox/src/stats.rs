@@ -15,7 +15,7 @@ use crate::convert;
 use crate::error::{SandboxError, SandboxErrorKind};
 use crate::input::Reply;
 use crate::owner::Shared;
-use crate::request::TaskStats;
+use crate::request::{CgroupStats, TaskStats};
 use crate::vm::{self, Failure};
 use crate::work::container_ref;
 
@@ -53,14 +53,37 @@ impl Figures {
     }
 }
 
-/// Answers with the guest's figures, or with those that it gave last.
-pub(crate) async fn answer(container: ContainerId, figures: Arc<Figures>, reply: Reply<TaskStats>) {
-    let mut state = figures.0.subscribe();
-    // In time or not: what there is then is the answer.
-    let _in_time = timeout(LIMIT, state.wait_for(|state| !state.asked)).await;
-    let answer = latest(&figures, &container);
+/// Answers with the guest's figures, or with those that it gave last; without any to be had of it, the host's count.
+pub(crate) async fn answer(
+    shared: Arc<Shared>,
+    container: ContainerId,
+    figures: Option<Arc<Figures>>,
+    reply: Reply<TaskStats>,
+) {
+    let stands_for_the_pod = figures.is_none() || container.as_str() == shared.id.as_str();
+    let (cgroup, interfaces) = tokio::join!(
+        async {
+            match &figures {
+                Some(figures) => {
+                    let mut state = figures.0.subscribe();
+                    // In time or not: what there is then is the answer.
+                    let _in_time = timeout(LIMIT, state.wait_for(|state| !state.asked)).await;
+                    latest(figures, &container)
+                }
+                None => Ok(CgroupStats::Host),
+            }
+        },
+        async {
+            if !stands_for_the_pod {
+                return Vec::new();
+            }
+            let host = Arc::clone(&shared.host);
+            let read = timeout(LIMIT, vm::blocking(move || host.interfaces())).await;
+            read.ok().and_then(Result::ok).unwrap_or_default()
+        }
+    );
     // The caller may have gone away.
-    drop(reply.send(answer));
+    drop(reply.send(cgroup.map(|cgroup| TaskStats { cgroup, interfaces })));
 }
 
 /// Asks the guest; [`Figures::begin`] says when.
@@ -74,10 +97,10 @@ pub(crate) async fn ask(shared: Arc<Shared>, container: ContainerId, figures: Ar
     figures.end(answer);
 }
 
-fn latest(figures: &Figures, container: &ContainerId) -> Result<TaskStats, SandboxError> {
+fn latest(figures: &Figures, container: &ContainerId) -> Result<CgroupStats, SandboxError> {
     let state = figures.0.borrow();
     match (&state.last, &state.failure) {
-        (Some(last), _) => Ok(TaskStats::Guest(last.clone())),
+        (Some(last), _) => Ok(CgroupStats::Guest(last.clone())),
         (None, Some(failure)) => Err(failure.to_error()),
         (None, None) => Err(SandboxError::new(
             SandboxErrorKind::DeadlineExceeded,

@@ -18,8 +18,8 @@ use agent_client::{
 };
 use agent_proto::{CONTROL_PORT, api};
 use async_trait::async_trait;
-use hypervisor::{RunningVm, VmExit};
-use ids::VsockPort;
+use hypervisor::{Console, RunningVm, VmExit};
+use ids::{SandboxId, VsockPort};
 use pod_spec::{PodSize, VmSize};
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
@@ -39,8 +39,14 @@ use crate::sizing::{self, Sizing};
 /// How long after the VM's end the last events may still come out of the connection.
 const LAST_EVENTS: Duration = Duration::from_secs(1);
 
-/// The most lines of the console that go into an error.
+/// How long after its SIGKILL a VMM may still be there before that is worth an error in the log.
+const KILL_WARNING: Duration = Duration::from_secs(10);
+
+/// The most lines of the console that go into the error of a start, and into the log.
 const CONSOLE_LINES: usize = 24;
+
+/// The most lines of the console that go into every answer after the end of a VM that ran: a kernel's last words are few.
+const CONSOLE_LINES_OF_AN_END: usize = 4;
 
 /// Where the VM is.
 #[derive(Clone)]
@@ -60,6 +66,8 @@ pub(crate) enum VmState {
 pub(crate) struct Failure {
     kind: SandboxErrorKind,
     report: String,
+    /// The end of the guest's console, if there was a VM.
+    console: Option<Arc<str>>,
 }
 
 /// A VM whose agent answers.
@@ -81,6 +89,19 @@ impl Failure {
     pub(crate) fn report(&self) -> &str {
         &self.report
     }
+
+    /// The end of the guest's console, from byte `from` of it on; `None` if there was no VM.
+    pub(crate) fn console(&self, from: Option<u64>) -> Option<Console> {
+        let kept = self.console.as_ref()?;
+        let from = usize::try_from(from.unwrap_or(0)).unwrap_or(usize::MAX);
+        let from = from.min(kept.len());
+        let count = |bytes| u64::try_from(bytes).unwrap_or(u64::MAX);
+        Some(Console {
+            from: count(from),
+            next: count(kept.len()),
+            text: kept.get(from..).unwrap_or_default().to_owned(),
+        })
+    }
 }
 
 impl From<&SandboxError> for Failure {
@@ -88,6 +109,7 @@ impl From<&SandboxError> for Failure {
         Self {
             kind: error.kind(),
             report: error.report(),
+            console: None,
         }
     }
 }
@@ -141,23 +163,26 @@ pub(crate) async fn run(shared: Arc<Shared>) {
                 never = forward_ports(&guest, loopback) => match never {},
             };
             guest.folders.end().await;
-            let tail = guest.vm.console_tail().await;
+            let tail = guest.vm.console(None).await.text;
             let id = shared.id.as_str();
-            match exit {
-                _ if *shared.ending.borrow() => {
-                    tracing::info!(sandbox_id = id, %exit, "the VM has ended");
-                }
-                _ => {
-                    tracing::error!(sandbox_id = id, %exit, console = last_lines(&tail), "the VM died");
-                }
-            }
             let mut report = format!("the sandbox's VM has ended: {exit}");
             if let Some(server) = guest.folders.exit() {
                 report.push_str(&format!("; {server}"));
             }
+            if *shared.ending.borrow() {
+                tracing::info!(sandbox_id = id, %exit, "the VM has ended");
+            } else {
+                let console = last_lines(&tail, CONSOLE_LINES);
+                tracing::error!(sandbox_id = id, %exit, console, "the VM died");
+                let last = last_lines(&tail, CONSOLE_LINES_OF_AN_END);
+                if !last.is_empty() {
+                    report.push_str(&format!("; its console ends with: {last}"));
+                }
+            }
             Failure {
                 kind: SandboxErrorKind::Unavailable,
                 report,
+                console: Some(tail.into()),
             }
         }
         Err(error) => {
@@ -170,7 +195,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         }
     };
     if let Some((vm, _guard)) = launched {
-        vm.kill().await;
+        killed(&shared.id, &*vm).await;
     }
     shared.vm.send_replace(VmState::Failed(failure.clone()));
     shared.send(Input::VmGone(failure));
@@ -313,23 +338,26 @@ async fn dialled(shared: &Shared, vm: &Arc<dyn RunningVm>) -> Result<AgentClient
 }
 
 async fn with_console(vm: &Arc<dyn RunningVm>, error: SandboxError) -> SandboxError {
-    let tail = vm.console_tail().await;
+    let tail = vm.console(None).await.text;
     let console = if tail.trim().is_empty() {
         "its console is empty".to_owned()
     } else {
-        format!("its console ends with: {}", last_lines(&tail))
+        format!(
+            "its console ends with: {}",
+            last_lines(&tail, CONSOLE_LINES)
+        )
     };
     SandboxError::new(error.kind(), format!("{}; {console}", error.report()))
 }
 
 /// The console's last lines, on one line.
-fn last_lines(tail: &str) -> String {
+fn last_lines(tail: &str, most: usize) -> String {
     let lines: Vec<&str> = tail
         .lines()
         .map(str::trim)
         .filter(|line| !line.is_empty())
         .collect();
-    let from = lines.len().saturating_sub(CONSOLE_LINES);
+    let from = lines.len().saturating_sub(most);
     lines.get(from..).unwrap_or_default().join(" | ")
 }
 
@@ -357,7 +385,7 @@ async fn until_the_end(shared: &Shared, guest: &Guest) -> VmExit {
             // The VMM sees it too, and says so. A guest does not recover from it.
             match timeout(shared.deadlines.shutdown, guest.vm.wait()).await {
                 Ok(exit) => exit,
-                Err(_) => guest.vm.kill().await,
+                Err(_) => killed(&shared.id, &*guest.vm).await,
             }
         }
         error = &mut events => {
@@ -368,7 +396,7 @@ async fn until_the_end(shared: &Shared, guest: &Guest) -> VmExit {
                 return exit;
             }
             tracing::error!(sandbox_id = shared.id.as_str(), %error, "the guest agent is lost: its VM is killed");
-            guest.vm.kill().await
+            killed(&shared.id, &*guest.vm).await
         }
     }
 }
@@ -408,7 +436,7 @@ pub(crate) async fn end(shared: Arc<Shared>) {
         guest.vm.wait().await;
     };
     drop(timeout(shared.deadlines.shutdown, polite).await);
-    guest.vm.kill().await;
+    killed(&shared.id, &*guest.vm).await;
 }
 
 /// Ends the VM without asking.
@@ -419,7 +447,25 @@ pub(crate) async fn kill(shared: Arc<Shared>) {
         VmState::Ready(guest) => Arc::clone(&guest.vm),
         VmState::Starting | VmState::Failed(_) => return,
     };
-    vm.kill().await;
+    killed(&shared.id, &*vm).await;
+}
+
+/// Kills the VM and waits for its end, however long that takes: what it holds is not free before. A VMM that is stuck in
+/// the kernel is told of.
+async fn killed(sandbox: &SandboxId, vm: &dyn RunningVm) -> VmExit {
+    let mut kill = std::pin::pin!(vm.kill());
+    match timeout(KILL_WARNING, &mut kill).await {
+        Ok(exit) => exit,
+        Err(_) => {
+            tracing::error!(
+                sandbox_id = sandbox.as_str(),
+                vmm_pid = vm.processes().vmm,
+                after = ?KILL_WARNING,
+                "the VMM was killed and does not end: the host's kernel holds it, see /proc/PID/stack; the pod waits for it"
+            );
+            kill.await
+        }
+    }
 }
 
 /// Runs what blocks on a thread for it.

@@ -26,6 +26,9 @@ use crate::vm::{self, Guest};
 /// How often the guest is asked to remove a container whose init has been killed and is about to end.
 const REMOVE_ATTEMPTS: u32 = 40;
 
+/// How long all of that may take, whatever the guest answers: as long as one call for a container may.
+const REMOVE_LIMIT: Duration = Duration::from_secs(110);
+
 /// How long to wait between two of these.
 const REMOVE_PAUSE: Duration = Duration::from_millis(50);
 
@@ -37,23 +40,34 @@ pub(crate) fn guest_pid(pid: u32) -> Result<Pid, SandboxError> {
 }
 
 pub(crate) async fn remove_container(guest: &Guest, container: &ContainerId) {
+    let id = container.as_str();
+    match timeout(REMOVE_LIMIT, try_remove(guest, container)).await {
+        Ok(Ok(())) | Ok(Err(AgentError::Disconnected { .. })) => {}
+        Ok(Err(error)) => {
+            tracing::warn!(container_id = id, %error, "the guest did not remove a container");
+        }
+        Err(_) => tracing::warn!(
+            container_id = id,
+            "a killed container does not end in the guest"
+        ),
+    }
+}
+
+async fn try_remove(guest: &Guest, container: &ContainerId) -> Result<(), AgentError> {
     let request = container_ref(container);
-    for _ in 0..REMOVE_ATTEMPTS {
+    let mut attempt = 1;
+    loop {
         match guest.agent.remove_container(&request).await {
-            Err(error) if error.code() == Some(AgentCode::FailedPrecondition) => {
+            Err(error)
+                if error.code() == Some(AgentCode::FailedPrecondition)
+                    && attempt < REMOVE_ATTEMPTS =>
+            {
+                attempt = attempt.saturating_add(1);
                 sleep(REMOVE_PAUSE).await;
             }
-            Ok(()) | Err(AgentError::Disconnected { .. }) => return,
-            Err(error) => {
-                tracing::warn!(container_id = container.as_str(), %error, "the guest did not remove a container");
-                return;
-            }
+            done => return done,
         }
     }
-    tracing::warn!(
-        container_id = container.as_str(),
-        "a killed container does not end in the guest"
-    );
 }
 
 /// Lets an init run, or waits for the guest that a sandbox container stands for.
@@ -144,7 +158,13 @@ pub(crate) async fn signal(
         Some(reply) => drop(reply.send(result)),
         None => {
             if let Err(error) = result {
-                tracing::debug!(process = %process, error = error.report(), "a signal did not arrive");
+                let exec_id = process.exec.as_ref().map(|exec| exec.as_str());
+                tracing::debug!(
+                    container_id = process.container.as_str(),
+                    exec_id,
+                    error = error.report(),
+                    "a signal did not arrive"
+                );
             }
         }
     }
@@ -264,7 +284,13 @@ impl Removal {
                 .await
                 .is_err()
             {
-                tracing::warn!(process = %self.process, streams = %streams.dump(), "output is given up");
+                let exec_id = self.process.exec.as_ref().map(|exec| exec.as_str());
+                tracing::warn!(
+                    container_id = self.process.container.as_str(),
+                    exec_id,
+                    streams = %streams.dump(),
+                    "output is given up"
+                );
             }
             streams.cancel();
         }

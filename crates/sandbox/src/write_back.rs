@@ -40,7 +40,8 @@ impl Owner {
                 .await
                 .is_err()
             {
-                tracing::warn!(process = %process, limit = ?LIMIT, "the files that a container wrote for the kubelet are given up");
+                let container_id = process.container.as_str();
+                tracing::warn!(container_id, limit = ?LIMIT, "the files that a container wrote for the kubelet are given up");
             }
             shared.send(Input::Settled(process));
         });
@@ -91,7 +92,8 @@ async fn write_all(shared: &Shared, process: &ProcessId, files: Vec<WrittenBack>
             Ok(Written::TooLarge) => "it has grown too large".to_owned(),
             Err(problem) => problem,
         };
-        tracing::warn!(process = %process, path, problem, "a file is not written back");
+        let container_id = process.container.as_str();
+        tracing::warn!(container_id, path, problem, "a file is not written back");
     }
 }
 

@@ -17,6 +17,8 @@ pub(crate) enum Invocation {
     Version,
     /// `-info`: describe the runtime.
     Info,
+    /// `-print-config`: print the node's config as it is in effect, from this file or from the usual one.
+    PrintConfig(Option<PathBuf>),
     /// `start`: find or make the shim that serves a container.
     Start(ShimArgs),
     /// `delete`: remove what a container has left on the host.
@@ -46,14 +48,17 @@ pub(crate) struct ShimArgs {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum ArgsError {
     /// Nothing to do.
-    #[error("no command: containerd calls this program with start, delete, -info or -v")]
+    #[error(
+        "no command: containerd calls this program with start, delete, -info or -v, an operator with -print-config"
+    )]
     NoVerb,
     /// A word that is no command.
-    #[error("unknown command {0:?}: start, delete, -info and -v are known")]
+    #[error("unknown command {0:?}: start, delete, -info, -v and -print-config are known")]
     UnknownVerb(String),
     /// A flag that containerd does not have.
     #[error(
-        "unknown flag {0:?}: -namespace, -id, -address, -publish-binary, -bundle, -debug, -info and -v are known"
+        "unknown flag {0:?}: -namespace, -id, -address, -publish-binary, -bundle, -debug, -info, -v, -print-config and \
+         -config are known"
     )]
     UnknownFlag(String),
     /// A flag that needs a value stands last.
@@ -93,6 +98,7 @@ struct Flags {
     debug: bool,
     info: bool,
     version: bool,
+    print_config: bool,
 }
 
 /// What a command line, without the program's name, asks for.
@@ -123,6 +129,9 @@ pub(crate) fn parse(words: impl IntoIterator<Item = String>) -> Result<Invocatio
     if flags.info {
         return Ok(Invocation::Info);
     }
+    if flags.print_config {
+        return Ok(Invocation::PrintConfig(flags.config.map(PathBuf::from)));
+    }
     match verb.as_deref() {
         Some("start") => flags.finish().map(Invocation::Start),
         Some("delete") => flags.finish().map(Invocation::Delete),
@@ -150,6 +159,7 @@ impl Flags {
             "publish-binary" => &mut None,
             "debug" => return switch(&mut self.debug, name, value),
             "info" => return switch(&mut self.info, name, value),
+            "print-config" => return switch(&mut self.print_config, name, value),
             "v" | "version" => return switch(&mut self.version, name, value),
             _ => return Err(ArgsError::UnknownFlag(word.to_owned())),
         };
@@ -228,6 +238,18 @@ mod tests {
     }
 
     #[test]
+    fn operators_print_the_config_of_a_file() {
+        assert_eq!(
+            words("--print-config").unwrap(),
+            Invocation::PrintConfig(None)
+        );
+        assert_eq!(
+            words("-print-config -config /c.toml").unwrap(),
+            Invocation::PrintConfig(Some("/c.toml".into()))
+        );
+    }
+
+    #[test]
     fn every_go_form_of_a_flag_is_taken() {
         let expected = Invocation::Start(args(true, Some("/b")));
         let address = "/run/containerd/containerd.sock";
@@ -255,16 +277,17 @@ mod tests {
         let cases = [
             (
                 "",
-                "no command: containerd calls this program with start, delete, -info or -v",
+                "no command: containerd calls this program with start, delete, -info or -v, an operator with \
+                 -print-config",
             ),
             (
                 "-id a -namespace n stop",
-                "unknown command \"stop\": start, delete, -info and -v are known",
+                "unknown command \"stop\": start, delete, -info, -v and -print-config are known",
             ),
             (
                 "-socket x start",
-                "unknown flag \"-socket\": -namespace, -id, -address, -publish-binary, -bundle, -debug, -info and -v \
-                 are known",
+                "unknown flag \"-socket\": -namespace, -id, -address, -publish-binary, -bundle, -debug, -info, -v, \
+                 -print-config and -config are known",
             ),
             ("-namespace n -id", "flag -id needs a value"),
             (

@@ -53,6 +53,11 @@ pub(crate) enum OptionsError {
     /// Not what the type says.
     #[error("the runtime options cannot be decoded")]
     Decode(#[source] protobuf::Error),
+    /// A path that depends on where one stands, which is in a bundle.
+    #[error(
+        "ConfigPath {0:?} in the runtime options is not absolute: name the file by its whole path"
+    )]
+    Relative(String),
     /// A config file in containerd's own config.
     #[error(
         "the runtime options hold a config body: put it into a file and name that as ConfigPath"
@@ -205,7 +210,10 @@ fn decode_options(bytes: &[u8]) -> Result<Option<String>, OptionsError> {
             }
         }
     }
-    Ok(path.filter(|path| !path.is_empty()))
+    match path.filter(|path| !path.is_empty()) {
+        Some(path) if !path.starts_with('/') => Err(OptionsError::Relative(path)),
+        path => Ok(path),
+    }
 }
 
 #[cfg(test)]
@@ -332,6 +340,14 @@ mod tests {
             error.to_string().contains("containerd.runc.v1.Options"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn path_that_a_bundle_could_hold_is_refused() {
+        let error = decode(&options("runtimeoptions.v1.Options", "c.toml"))
+            .config_path()
+            .unwrap_err();
+        assert!(matches!(error, OptionsError::Relative(path) if path == "c.toml"));
     }
 
     #[test]

@@ -17,9 +17,10 @@ use shim_api::service::{Inspect, create_inspect};
 use tokio::time::timeout;
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
+use crate::dump::Dump;
 use crate::events;
 use crate::history::History;
-use crate::log;
+use crate::log::{self, Log};
 use crate::shells::Shells;
 use crate::status::{status, to_status};
 
@@ -28,8 +29,8 @@ use crate::status::{status, to_status};
 pub(crate) struct Operator {
     /// Their shells.
     pub(crate) shells: Arc<Shells>,
-    /// The lines of this process's log.
-    pub(crate) log: Arc<History>,
+    /// This process's log.
+    pub(crate) log: Arc<Log>,
     /// The events for containerd, each as a JSON object.
     pub(crate) events: Arc<History>,
 }
@@ -38,12 +39,21 @@ pub(crate) struct Operator {
 pub(crate) struct InspectService {
     sandbox: SandboxHandle,
     operator: Operator,
+    dump: Arc<Dump>,
 }
 
 impl InspectService {
     /// For the server: under its name.
-    pub(crate) fn services(sandbox: SandboxHandle, operator: Operator) -> HashMap<String, Service> {
-        create_inspect(Arc::new(Self { sandbox, operator }))
+    pub(crate) fn services(
+        sandbox: SandboxHandle,
+        operator: Operator,
+        dump: Arc<Dump>,
+    ) -> HashMap<String, Service> {
+        create_inspect(Arc::new(Self {
+            sandbox,
+            operator,
+            dump,
+        }))
     }
 
     /// An answer is never later than the sandbox's end: who waits for a line must not hold up the shim's.
@@ -70,7 +80,7 @@ impl Inspect for InspectService {
         _: &TtrpcContext,
         _: api::DumpRequest,
     ) -> ttrpc::Result<api::DumpResponse> {
-        let dump = self.sandbox.dump().await;
+        let dump = self.dump.take().await;
         let mut response = api::DumpResponse::new();
         response.json = dump.map_err(|error| to_status(&error))?.to_string();
         Ok(response)
@@ -79,12 +89,16 @@ impl Inspect for InspectService {
     async fn console(
         &self,
         _: &TtrpcContext,
-        _: api::ConsoleRequest,
+        request: api::ConsoleRequest,
     ) -> ttrpc::Result<api::ConsoleResponse> {
-        let tail = self.sandbox.console().await;
-        let mut response = api::ConsoleResponse::new();
-        response.tail = tail.map_err(|error| to_status(&error))?;
-        Ok(response)
+        let console = self.sandbox.console(request.from).await;
+        let console = console.map_err(|error| to_status(&error))?;
+        Ok(api::ConsoleResponse {
+            text: console.text,
+            from: console.from,
+            next: console.next,
+            ..Default::default()
+        })
     }
 
     async fn logs(
@@ -92,7 +106,7 @@ impl Inspect for InspectService {
         _: &TtrpcContext,
         request: api::LinesRequest,
     ) -> ttrpc::Result<api::LinesResponse> {
-        Ok(self.lines(&self.operator.log, &request).await)
+        Ok(self.lines(&self.operator.log.history, &request).await)
     }
 
     async fn events(

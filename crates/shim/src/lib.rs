@@ -15,6 +15,7 @@
 mod args;
 mod bootstrap;
 mod delete;
+mod dump;
 mod error;
 mod events;
 mod handover;
@@ -39,6 +40,7 @@ mod start;
 mod state_dir;
 mod status;
 mod task_service;
+mod telemetry;
 mod traffic;
 
 pub use node_host::NodeHost;

@@ -15,6 +15,10 @@ use containerd_shim_protos::cgroups::metrics as v1;
 use containerd_shim_protos::cgroups_v2::metrics as v2;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
+use sandbox::InterfaceCounters;
+
+/// The most lines of a file of version 1's blkio controller, which has six for each device.
+const MAX_BLKIO_ENTRIES: usize = 6 * stats::MAX_DEVICES;
 
 /// Why there are no figures.
 #[derive(Debug, thiserror::Error)]
@@ -43,12 +47,39 @@ fn any<M: Message>(package: &str, message: &M) -> Result<Any, MetricsError> {
     })
 }
 
+/// The interfaces in the messages of either version, which are the same.
+macro_rules! network {
+    ($interfaces:expr, $message:ty) => {
+        $interfaces
+            .iter()
+            .map(|interface| {
+                let mut stat = <$message>::new();
+                stat.name.clone_from(&interface.name);
+                stat.rx_bytes = interface.received.bytes;
+                stat.rx_packets = interface.received.packets;
+                stat.rx_errors = interface.received.errors;
+                stat.rx_dropped = interface.received.dropped;
+                stat.tx_bytes = interface.sent.bytes;
+                stat.tx_packets = interface.sent.packets;
+                stat.tx_errors = interface.sent.errors;
+                stat.tx_dropped = interface.sent.dropped;
+                stat
+            })
+            .collect()
+    };
+}
+
 /// A cgroup of version 2.
 ///
 /// # Errors
 /// [`MetricsError::Encode`].
-pub(crate) fn of_cgroup_v2(stats: &api::ContainerStats) -> Result<Any, MetricsError> {
-    any("io.containerd.cgroups.v2", &v2_metrics(stats))
+pub(crate) fn of_cgroup_v2(
+    stats: &api::ContainerStats,
+    interfaces: &[InterfaceCounters],
+) -> Result<Any, MetricsError> {
+    let mut metrics = v2_metrics(stats);
+    metrics.network = network!(interfaces, v2::NetworkStat);
+    any("io.containerd.cgroups.v2", &metrics)
 }
 
 /// A message of cgroup version 2 whose fields are named as in another message.
@@ -193,12 +224,14 @@ fn percent(hundredths: u32) -> f64 {
 ///
 /// # Errors
 /// [`MetricsError::Read`] or [`MetricsError::NoCgroup`].
-pub(crate) fn of_this_process() -> Result<Any, MetricsError> {
+pub(crate) fn of_this_process(interfaces: &[InterfaceCounters]) -> Result<Any, MetricsError> {
     let (mountinfo, own) = (read("/proc/self/mountinfo")?, read("/proc/self/cgroup")?);
     let dir = |controller: &str| directory(&mountinfo, &own, controller);
     // Where version 1 has the memory controller, version 2 has not.
     if dir("memory").is_some() {
-        return any("io.containerd.cgroups.v1", &v1_metrics(dir));
+        let mut metrics = v1_metrics(dir);
+        metrics.network = network!(interfaces, v1::NetworkStat);
+        return any("io.containerd.cgroups.v1", &metrics);
     }
     let dir = dir("").ok_or(MetricsError::NoCgroup)?;
     let entries = fs::read_dir(&dir).map_err(|source| MetricsError::Read {
@@ -209,10 +242,11 @@ pub(crate) fn of_this_process() -> Result<Any, MetricsError> {
         .flatten()
         .filter_map(|entry| entry.file_name().into_string().ok())
         .collect();
-    of_cgroup_v2(&stats::parse(
+    let stats = stats::parse(
         |file| fs::read_to_string(dir.join(file)).ok(),
         files.iter().map(String::as_str),
-    ))
+    );
+    of_cgroup_v2(&stats, interfaces)
 }
 
 fn read(path: &str) -> Result<String, MetricsError> {
@@ -311,6 +345,11 @@ fn v1_metrics(dir: impl Fn(&str) -> Option<PathBuf>) -> v1::Metrics {
             }),
             ..v1_memory(&Flat(text("memory", "memory.stat")))
         }),
+        blkio: MessageField::some(v1::BlkIOStat {
+            io_service_bytes_recursive: v1_blkio(&text("blkio", "blkio.throttle.io_service_bytes")),
+            io_serviced_recursive: v1_blkio(&text("blkio", "blkio.throttle.io_serviced")),
+            ..Default::default()
+        }),
         memory_oom_control: MessageField::some(v1::MemoryOomControl {
             oom_kill_disable: oom.get("oom_kill_disable"),
             under_oom: oom.get("under_oom"),
@@ -319,6 +358,22 @@ fn v1_metrics(dir: impl Fn(&str) -> Option<PathBuf>) -> v1::Metrics {
         }),
         ..Default::default()
     }
+}
+
+/// A file of version 1's blkio controller, of lines like "8:0 Read 4096"; its last line is their sum.
+fn v1_blkio(text: &str) -> Vec<v1::BlkIOEntry> {
+    let lines = text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let (major, minor) = words.next()?.split_once(':')?;
+        Some(v1::BlkIOEntry {
+            major: major.parse().ok()?,
+            minor: minor.parse().ok()?,
+            op: words.next()?.to_owned(),
+            value: words.next()?.parse().ok()?,
+            ..Default::default()
+        })
+    });
+    lines.take(MAX_BLKIO_ENTRIES).collect()
 }
 
 /// `memory.stat` of version 1; the totals have the cgroups below in them.
@@ -359,7 +414,7 @@ mod tests {
 
     #[test]
     fn type_urls_are_containerds() {
-        let v2 = of_cgroup_v2(&api::ContainerStats::default()).unwrap();
+        let v2 = of_cgroup_v2(&api::ContainerStats::default(), &[]).unwrap();
         assert_eq!(v2.type_url, "io.containerd.cgroups.v2.Metrics");
         let v1 = any("io.containerd.cgroups.v1", &v1_metrics(|_| None)).unwrap();
         assert_eq!(v1.type_url, "io.containerd.cgroups.v1.Metrics");
@@ -402,6 +457,144 @@ mod tests {
         assert!(metrics.io.psi.full.is_none() && metrics.cpu.psi.is_none());
         let pages = metrics.hugetlb.first().unwrap();
         assert_eq!((pages.pagesize.as_str(), pages.current), ("2MB", 16));
+    }
+
+    /// Every number of a message, and what it is called.
+    fn numbers(message: &dyn protobuf::MessageDyn) -> Vec<(String, u64)> {
+        let descriptor = message.descriptor_dyn();
+        descriptor
+            .fields()
+            .filter(|field| field.is_singular())
+            .filter_map(|field| match field.get_singular_field_or_default(message) {
+                protobuf::reflect::ReflectValueRef::U64(number) => {
+                    Some((field.name().to_owned(), number))
+                }
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// One number for each name, never the same twice.
+    fn number(names: &[String], name: &str) -> u64 {
+        let at = names.iter().position(|known| known == name);
+        1000 + u64::try_from(at.unwrap()).unwrap()
+    }
+
+    #[test]
+    fn every_figure_of_the_kernel_has_its_field() {
+        let of = |message: &dyn protobuf::MessageDyn| -> Vec<String> {
+            numbers(message).into_iter().map(|(name, _)| name).collect()
+        };
+        let (cpu, memory) = (of(&v2::CPUStat::new()), of(&v2::MemoryStat::new()));
+        let events = of(&v2::MemoryEvents::new());
+        let flat = |names: &[String]| {
+            let lines = names
+                .iter()
+                .map(|name| format!("{name} {}\n", number(names, name)));
+            lines.collect::<String>()
+        };
+        // What has a file of its own, or another name in the kernel.
+        let files = |name: &str| {
+            let own = |field| Some(format!("{}\n", number(&memory, field)));
+            match name {
+                "cpu.stat" => Some(flat(&cpu)),
+                "memory.stat" => Some(
+                    flat(&memory)
+                        .replace("workingset_refault ", "workingset_refault_file ")
+                        .replace("workingset_activate ", "workingset_activate_anon "),
+                ),
+                "memory.events" => Some(flat(&events)),
+                "memory.current" => own("usage"),
+                "memory.max" => own("usage_limit"),
+                "memory.peak" => own("max_usage"),
+                "memory.swap.current" => own("swap_usage"),
+                "memory.swap.max" => own("swap_limit"),
+                "memory.swap.peak" => own("swap_max_usage"),
+                _ => None,
+            }
+        };
+        let metrics = v2_metrics(&stats::parse(files, []));
+        for (names, message) in [
+            (&cpu, &*metrics.cpu as &dyn protobuf::MessageDyn),
+            (&memory, &*metrics.memory),
+            (&events, &*metrics.memory_events),
+        ] {
+            for (name, found) in numbers(message) {
+                assert_eq!(found, number(names, &name), "{name}");
+            }
+        }
+        assert!(
+            memory.contains(&"inactive_file".to_owned()),
+            "the working set needs it"
+        );
+    }
+
+    #[test]
+    fn interfaces_are_told_of_in_both_versions() {
+        let traffic = |first| sandbox::Traffic {
+            bytes: first,
+            packets: first + 1,
+            errors: first + 2,
+            dropped: first + 3,
+        };
+        let eth0 = InterfaceCounters {
+            name: "eth0".to_owned(),
+            received: traffic(1),
+            sent: traffic(5),
+        };
+        let metrics = of_cgroup_v2(&api::ContainerStats::default(), std::slice::from_ref(&eth0));
+        let metrics = v2::Metrics::parse_from_bytes(&metrics.unwrap().value).unwrap();
+        let of_v1: Vec<v1::NetworkStat> = network!([&eth0], v1::NetworkStat);
+        let (two, one) = (&metrics.network[0], &of_v1[0]);
+        assert_eq!((two.name.as_str(), one.name.as_str()), ("eth0", "eth0"));
+        let wanted = [1, 2, 3, 4, 5, 6, 7, 8];
+        assert_eq!(
+            [
+                two.rx_bytes,
+                two.rx_packets,
+                two.rx_errors,
+                two.rx_dropped,
+                two.tx_bytes,
+                two.tx_packets,
+                two.tx_errors,
+                two.tx_dropped,
+            ],
+            wanted
+        );
+        assert_eq!(
+            [
+                one.rx_bytes,
+                one.rx_packets,
+                one.rx_errors,
+                one.rx_dropped,
+                one.tx_bytes,
+                one.tx_packets,
+                one.tx_errors,
+                one.tx_dropped,
+            ],
+            wanted
+        );
+    }
+
+    #[test]
+    fn blkio_of_version_1_is_read_by_device_and_operation() {
+        let text =
+            "8:0 Read 4096\n8:0 Write 8192\n253:1 Read 1\nTotal 12289\n8 Read 1\n8:0 Read x\n";
+        let entries: Vec<_> = v1_blkio(text)
+            .into_iter()
+            .map(|entry| (entry.major, entry.minor, entry.op, entry.value))
+            .collect();
+        let entry = |major, minor, op: &str, value| (major, minor, op.to_owned(), value);
+        assert_eq!(
+            entries,
+            [
+                entry(8, 0, "Read", 4096),
+                entry(8, 0, "Write", 8192),
+                entry(253, 1, "Read", 1)
+            ]
+        );
+        let many = "8:0 Read 1\n".repeat(MAX_BLKIO_ENTRIES + 1);
+        assert_eq!(v1_blkio(&many).len(), MAX_BLKIO_ENTRIES);
     }
 
     #[test]
@@ -472,7 +665,7 @@ mod tests {
 
     #[test]
     fn this_process_has_figures() {
-        let metrics = of_this_process().unwrap();
+        let metrics = of_this_process(&[]).unwrap();
         let (version, usage) = if metrics.type_url.contains("v1") {
             let parsed = v1::Metrics::parse_from_bytes(&metrics.value).unwrap();
             (1, parsed.memory.usage.usage)

@@ -13,7 +13,7 @@ use pod_network::{
     Rule,
 };
 use pod_spec::MetadataService;
-use sandbox::{SandboxError, SandboxErrorKind};
+use sandbox::{InterfaceCounters, SandboxError, SandboxErrorKind, Traffic};
 
 /// A pod's network, joined; undone on drop.
 #[derive(Debug)]
@@ -66,6 +66,33 @@ pub(crate) fn take_loopback(namespace: &Path) -> Option<(TcpListener, LoopbackGu
                 "port-forward will not reach this pod: the node's kernel must be 5.9 or later, and let the shim load BPF programs"
             );
             None
+        }
+    }
+}
+
+/// What has passed through the namespace's interfaces; nothing if it is gone.
+pub(crate) fn counters(namespace: &Path) -> Vec<InterfaceCounters> {
+    let traffic = |[bytes, packets, errors, dropped]: [u64; 4]| Traffic {
+        bytes,
+        packets,
+        errors,
+        dropped,
+    };
+    match pod_network::counters(namespace) {
+        Ok(all) => all
+            .into_iter()
+            .map(|counters| InterfaceCounters {
+                name: counters.name,
+                received: traffic(counters.received),
+                sent: traffic(counters.sent),
+            })
+            .collect(),
+        Err(error) => {
+            tracing::debug!(
+                error = &error as &dyn std::error::Error,
+                "the pod's network is not counted"
+            );
+            Vec::new()
         }
     }
 }

@@ -10,20 +10,20 @@ use std::any::Any;
 use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use agent_proto::{CONTROL_PORT, api};
 use hypervisor::{Disk, VmSpec};
 use ids::{DiskSerial, GuestCid, Mib, SandboxId};
 use pod_spec::{
-    Bundle, ContainerSpec, HostMounts, HostNamespaces, MIN_VM_MEMORY, PodSpec, Role, RuntimeConfig,
-    SpecError,
+    Bundle, ContainerSpec, HostMounts, HostNamespaces, MIN_VM_MEMORY, Overrides, PodSpec, Role,
+    RuntimeConfig, SpecError,
 };
 use pod_storage::{Rootfs, RootfsForm, StorageError, Store, WrittenBack};
 use sandbox::{
     ContainerKind, ContainerPlan, CreateTask, GuestContainer, GuestDisk, GuestRootfs, Host,
-    PodPlan, SandboxError, SandboxErrorKind, Shell,
+    InterfaceCounters, PodPlan, SandboxError, SandboxErrorKind, Shell,
 };
 
 use crate::network;
@@ -46,6 +46,10 @@ pub struct NodeHost {
     config: RuntimeConfig,
     /// EmptyDirs that were shared with a container because the host had put files into them: they are for the others too.
     filled: Mutex<BTreeSet<PathBuf>>,
+    /// What the pod's annotations have changed of its VM.
+    overrides: OnceLock<Overrides>,
+    /// The pod's network namespace, once its VM is joined to it.
+    network: OnceLock<PathBuf>,
 }
 
 impl NodeHost {
@@ -57,6 +61,8 @@ impl NodeHost {
             private_dir: pod.private_dir.to_path_buf(),
             config: pod.config.clone(),
             filled: Mutex::default(),
+            overrides: OnceLock::new(),
+            network: OnceLock::new(),
         }
     }
 
@@ -116,8 +122,10 @@ impl NodeHost {
         match &self.source {
             PodSource::Bundle(dir) => {
                 let bundle = self.bundle(dir)?;
+                let overrides = bundle.overrides(&self.config).map_err(spec_error)?;
                 Ok(KnownPod {
-                    spec: bundle.pod(guest, node).map_err(spec_error)?,
+                    spec: bundle.pod(guest, node, &overrides).map_err(spec_error)?,
+                    overrides,
                     cgroups_path: bundle.cgroups_path().map(Path::to_path_buf),
                     network_namespace: bundle.network_namespace().map(Path::to_path_buf),
                     annotations: bundle.annotations(),
@@ -128,8 +136,12 @@ impl NodeHost {
                     let message = format!("sandbox {} is not described", self.id);
                     SandboxError::new(SandboxErrorKind::FailedPrecondition, message)
                 })?;
+                let overrides = Overrides::read(Some(&pod.annotations), &self.config);
+                let overrides = overrides.map_err(spec_error)?;
+                let spec = pod.description.pod(guest, node, &overrides);
                 Ok(KnownPod {
-                    spec: pod.description.pod(guest, node).map_err(spec_error)?,
+                    spec: spec.map_err(spec_error)?,
+                    overrides,
                     cgroups_path: pod.cgroups_path.as_ref().map(PathBuf::from),
                     network_namespace: pod.network_namespace.clone(),
                     annotations: pod.annotations.clone(),
@@ -234,6 +246,8 @@ impl NodeHost {
 /// A pod, whoever has described it.
 struct KnownPod {
     spec: PodSpec,
+    /// What its annotations change of the VM.
+    overrides: Overrides,
     /// The host's cgroup for it, as an OCI spec's `linux.cgroupsPath`.
     cgroups_path: Option<PathBuf>,
     network_namespace: Option<PathBuf>,
@@ -243,6 +257,7 @@ struct KnownPod {
 impl Host for NodeHost {
     fn plan_pod(&self) -> Result<PodPlan, SandboxError> {
         let pod = self.pod()?;
+        self.overrides.get_or_init(|| pod.overrides);
         let limits = self.config.limits.limits(&pod.annotations);
         let limits = limits.map_err(spec_error)?;
         let memory = self.start_memory(
@@ -272,6 +287,7 @@ impl Host for NodeHost {
             None => (Vec::new(), None, nothing_to_undo()),
             Some(namespace) => {
                 let joined = network::join(namespace, metadata)?;
+                self.network.get_or_init(|| namespace.to_path_buf());
                 configure.interfaces = joined.interfaces;
                 configure.rules = joined.rules;
                 let (loopback, redirection) = network::take_loopback(namespace).unzip();
@@ -340,6 +356,10 @@ impl Host for NodeHost {
                 message,
             ));
         }
+        bundle
+            .overrides(&self.config)
+            .and_then(|own| own.check_within(self.overrides.get().unwrap_or(&own)))
+            .map_err(spec_error)?;
         if let Some(pod) = described {
             self.join(&mut bundle, pod)?;
         }
@@ -368,6 +388,11 @@ impl Host for NodeHost {
                     .map(Path::new),
             ),
         }
+    }
+
+    fn interfaces(&self) -> Vec<InterfaceCounters> {
+        let namespace = self.network.get();
+        namespace.map_or_else(Vec::new, |namespace| network::counters(namespace))
     }
 }
 
@@ -457,7 +482,9 @@ fn spec_error(error: SpecError) -> SandboxError {
         | SpecError::ResourcesJson(_)
         | SpecError::Missing(_)
         | SpecError::Annotation { .. }
+        | SpecError::UnknownAnnotation { .. }
         | SpecError::Id(_) => SandboxErrorKind::InvalidArgument,
+        SpecError::AnnotationNotAllowed(_) => SandboxErrorKind::PermissionDenied,
         SpecError::HostNamespace(..) | SpecError::Unsupported { .. } => {
             SandboxErrorKind::Unimplemented
         }
@@ -506,6 +533,8 @@ mod tests {
             private_dir: dir.to_path_buf(),
             config: RuntimeConfig::parse(&text).unwrap(),
             filled: Mutex::default(),
+            overrides: OnceLock::new(),
+            network: OnceLock::new(),
         }
     }
 
@@ -571,6 +600,29 @@ mod tests {
             path("vmlinux"),
             path("initramfs")
         )
+    }
+
+    #[test]
+    fn annotations_change_the_vm_only_if_the_node_allows_it() {
+        let dir = tempfile::tempdir().unwrap();
+        spec(dir.path(), r#"{"io.coffer.vm.vcpus": "3"}"#);
+        let refused = kind(host(dir.path(), &guest(dir.path())).plan_pod());
+        assert_eq!(
+            refused.0,
+            SandboxErrorKind::PermissionDenied,
+            "{}",
+            refused.1
+        );
+        let allow = "\n[annotations]\nallow = [\"io.coffer.vm.vcpus\"]";
+        let host = host(dir.path(), &(guest(dir.path()) + allow));
+        assert_eq!(host.plan_pod().unwrap().vm.vcpus.get(), 3);
+        // A container of the pod that wants something else.
+        let member = r#"{"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "pod1",
+                         "io.coffer.vm.vcpus": "4"}"#;
+        spec(dir.path(), member);
+        let (kind, text) = kind(host.plan_container(&task(dir.path(), "c1", Vec::new())));
+        assert_eq!(kind, SandboxErrorKind::InvalidArgument);
+        assert!(text.contains("annotate the pod"), "{text}");
     }
 
     #[test]

@@ -78,7 +78,10 @@ struct Shared {
 struct Queue {
     waiting: VecDeque<Envelope>,
     under_way: bool,
+    /// Since the last time that it was said.
     dropped: u64,
+    delivered: u64,
+    lost: u64,
 }
 
 impl Shared {
@@ -105,6 +108,17 @@ impl Publisher {
         };
         tokio::spawn(sender.run(Arc::clone(&shared)));
         Self { namespace, shared }
+    }
+
+    /// The queue, as JSON for people.
+    pub(crate) fn dump(&self) -> serde_json::Value {
+        let queue = self.shared.queue();
+        serde_json::json!({
+            "queued": queue.waiting.len(),
+            "under_way": queue.under_way,
+            "delivered": queue.delivered,
+            "lost": queue.lost,
+        })
     }
 
     /// Answers once containerd has every event that was published before.
@@ -144,6 +158,7 @@ impl EventSink for Publisher {
                 );
             }
             queue.dropped = queue.dropped.saturating_add(1);
+            queue.lost = queue.lost.saturating_add(1);
         }
         queue.waiting.push_back(envelope);
         drop(queue);
@@ -181,15 +196,23 @@ impl Sender {
             match next {
                 None => changed.await,
                 Some(envelope) => {
-                    self.deliver(envelope).await;
-                    shared.queue().under_way = false;
+                    let delivered = self.deliver(envelope).await;
+                    let mut queue = shared.queue();
+                    queue.under_way = false;
+                    let count = match delivered {
+                        true => &mut queue.delivered,
+                        false => &mut queue.lost,
+                    };
+                    *count = count.saturating_add(1);
+                    drop(queue);
                     shared.changed.notify_waiters();
                 }
             }
         }
     }
 
-    async fn deliver(&mut self, envelope: Envelope) {
+    /// Whether containerd has it in the end.
+    async fn deliver(&mut self, envelope: Envelope) -> bool {
         let mut request = ForwardRequest::new();
         let topic = envelope.topic.clone();
         request.envelope = MessageField::some(envelope);
@@ -202,7 +225,7 @@ impl Sender {
                     if away {
                         tracing::info!(topic, "containerd takes events again");
                     }
-                    return;
+                    return true;
                 }
                 Err(Failure::Away(reason)) => {
                     if !away {
@@ -219,7 +242,7 @@ impl Sender {
                             reason,
                             "containerd refuses an event: it is given up"
                         );
-                        return;
+                        return false;
                     }
                 }
             }

@@ -13,7 +13,7 @@ use crate::delete;
 use crate::error::{ShimError, report};
 use crate::info;
 use crate::serve::{self, Node};
-use crate::start;
+use crate::start::{self, config_entries};
 
 /// The exit code for a command line that cannot be understood.
 const USAGE: u8 = 2;
@@ -51,6 +51,7 @@ pub fn run(words: impl IntoIterator<Item = String>, roots: &Roots, node: &dyn No
     let done = match &invocation {
         Invocation::Version => output(info::version().as_bytes()),
         Invocation::Info => describe(),
+        Invocation::PrintConfig(file) => print_config(file.as_deref()),
         Invocation::Start(args) => start(args, roots),
         Invocation::Delete(args) => delete::delete(args, roots).and_then(|reply| output(&reply)),
         Invocation::Serve(args) => serve::serve(args, roots, node),
@@ -69,6 +70,12 @@ fn describe() -> Result<(), ShimError> {
     input()?;
     let info = info::runtime_info().map_err(|error| ShimError::Output(error.into()))?;
     output(&info)
+}
+
+fn print_config(file: Option<&Path>) -> Result<(), ShimError> {
+    let (entries, found) = config_entries(file)?;
+    let file = found.map(|file| file.display().to_string());
+    output(pod_spec::print_config(&entries, file.as_deref()).as_bytes())
 }
 
 fn start(args: &ShimArgs, roots: &Roots) -> Result<(), ShimError> {

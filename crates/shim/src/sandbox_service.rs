@@ -331,7 +331,10 @@ impl Sandbox for SandboxService {
         request: api::SandboxMetricsRequest,
     ) -> ttrpc::Result<api::SandboxMetricsResponse> {
         self.pod(&request.sandbox_id)?;
-        let figures = tokio::task::spawn_blocking(metrics::of_this_process)
+        let stats = self.sandbox.stats(ContainerId::from(&self.id)).await;
+        // The cgroup is there before the pod is started, its network is not.
+        let interfaces = stats.map_or_else(|_| Vec::new(), |stats| stats.interfaces);
+        let figures = tokio::task::spawn_blocking(move || metrics::of_this_process(&interfaces))
             .await
             .map_err(|error| status(Code::INTERNAL, error.to_string()))?;
         let figures = figures.map_err(|error| status(Code::INTERNAL, report(&error)))?;

@@ -27,6 +27,7 @@ use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
 use crate::args::ShimArgs;
+use crate::dump::Dump;
 use crate::error::{ShimError, report};
 use crate::handover;
 use crate::host_cgroup;
@@ -41,6 +42,7 @@ use crate::socket::remove_socket;
 use crate::start::{TTRPC_ADDRESS, read_bundle, read_config};
 use crate::state_dir::StateDir;
 use crate::task_service::TaskService;
+use crate::telemetry::Telemetry;
 use crate::traffic::PodTraffic;
 
 /// How long a sandbox may stand without its first container. containerd creates it as soon as `start` has answered.
@@ -106,6 +108,11 @@ pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(
         Ok(config) => level(config.log.level),
         Err(_) => Level::INFO,
     };
+    let telemetry = match &config {
+        Ok(config) => telemetry(config, args),
+        Err(_) => Ok(None),
+    };
+    let spans = telemetry.as_ref().ok().and_then(Option::as_ref);
     log::init(
         bundle.join("log"),
         level,
@@ -115,7 +122,12 @@ pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(
             ("sandbox_id", args.id.as_str()),
         ],
         Arc::clone(&operator.log),
+        spans.map(Telemetry::layer),
     );
+    let telemetry = telemetry.unwrap_or_else(|error| {
+        tracing::warn!(error = &error as &dyn Error, "there are no spans");
+        None
+    });
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(MAX_BLOCKING_THREADS)
@@ -129,13 +141,25 @@ pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(
             state,
             config,
             operator,
+            telemetry: telemetry.clone(),
         };
         runtime.block_on(shim.run(listener, node))
     });
     if let Err(error) = &served {
         tracing::error!(error = error as &dyn Error, "the shim ends");
     }
+    if let Some(telemetry) = telemetry {
+        telemetry.end();
+    }
     served
+}
+
+fn telemetry(config: &RuntimeConfig, args: &ShimArgs) -> io::Result<Option<Arc<Telemetry>>> {
+    let endpoint = config.telemetry.otlp_endpoint.clone();
+    let (namespace, sandbox) = (args.namespace.as_str(), args.id.as_str());
+    endpoint
+        .map(|endpoint| Telemetry::start(endpoint, namespace, sandbox))
+        .transpose()
 }
 
 fn level(level: LogLevel) -> Level {
@@ -162,6 +186,7 @@ struct Shim<'a> {
     state: StateDir,
     config: RuntimeConfig,
     operator: Operator,
+    telemetry: Option<Arc<Telemetry>>,
 }
 
 impl Shim<'_> {
@@ -212,6 +237,13 @@ impl Shim<'_> {
             boot,
         });
         let traffic = PodTraffic::new(self.config.limits, annotations.unwrap_or_default());
+        let dump = Arc::new(Dump {
+            sandbox: sandbox.clone(),
+            publisher: publisher.clone(),
+            log: Arc::clone(&self.operator.log),
+            telemetry: self.telemetry,
+            config_file: self.args.config.clone(),
+        });
         let mut server = Server::new()
             .add_listener(Listener::try_from(listener).map_err(server_error)?)
             .register_service(
@@ -224,7 +256,11 @@ impl Shim<'_> {
                 source,
                 self.state.clone(),
             ))
-            .register_service(InspectService::services(sandbox.clone(), self.operator));
+            .register_service(InspectService::services(
+                sandbox.clone(),
+                self.operator,
+                Arc::clone(&dump),
+            ));
         server
             .start()
             .await
@@ -232,7 +268,7 @@ impl Shim<'_> {
         tracing::info!(version = env!("CARGO_PKG_VERSION"), "serving");
 
         tokio::spawn(end_if_unused(sandbox.clone()));
-        signals.or_end_of(&sandbox).await;
+        signals.or_end_of(&sandbox, &dump).await;
 
         // Calls are answered when the sandbox has ended; what is answered is written before the server has stopped.
         if timeout(ANSWER_LIMIT, server.shutdown()).await.is_err() {
@@ -306,25 +342,20 @@ impl Signals {
     }
 
     /// Answers when the sandbox has ended, and ends it if a signal asks for that.
-    async fn or_end_of(mut self, sandbox: &SandboxHandle) {
+    async fn or_end_of(mut self, sandbox: &SandboxHandle, dump: &Arc<Dump>) {
         loop {
             tokio::select! {
                 () = sandbox.ended() => return,
                 _ = self.terminate.recv() => break,
                 _ = self.interrupt.recv() => break,
-                _ = self.dump.recv() => drop(tokio::spawn(log_dump(sandbox.clone()))),
+                _ = self.dump.recv() => {
+                    let dump = Arc::clone(dump);
+                    drop(tokio::spawn(async move { dump.log().await }));
+                }
             }
         }
         tracing::info!("a signal ends the sandbox");
         sandbox.terminate().await;
-    }
-}
-
-/// Processes, streams and pending calls of the sandbox, and queues and connections of its VMM, in one line of the log.
-async fn log_dump(sandbox: SandboxHandle) {
-    match sandbox.dump().await {
-        Ok(dump) => tracing::info!(%dump, "as asked by SIGUSR1"),
-        Err(error) => tracing::warn!(error = error.report(), "there is nothing to dump"),
     }
 }
 

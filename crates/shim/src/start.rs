@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use ids::SandboxId;
-use pod_spec::{Bundle, MAX_SPEC_BYTES, RuntimeConfig};
+use pod_spec::{Bundle, ConfigEntry, MAX_SPEC_BYTES, RuntimeConfig};
 use rustix::process::Pid;
 
 use crate::args::ShimArgs;
@@ -241,17 +241,42 @@ fn undo(socket: &Path, state: &StateDir) {
 
 /// The node's config. That the usual file is not there is no error; that a named one is not there is.
 pub(crate) fn read_config(path: Option<&Path>) -> Result<RuntimeConfig, ShimError> {
+    let (path, text) = config_text(path)?;
+    RuntimeConfig::parse(&text.unwrap_or_default()).map_err(config_error(path))
+}
+
+/// Each key of the node's config, and the file that they were read from, if there is one.
+pub(crate) fn config_entries(
+    path: Option<&Path>,
+) -> Result<(Vec<ConfigEntry>, Option<&Path>), ShimError> {
+    let (path, text) = config_text(path)?;
+    let file = text.as_ref().map(|_| path);
+    let entries = RuntimeConfig::entries(&text.unwrap_or_default()).map_err(config_error(path))?;
+    Ok((entries, file))
+}
+
+fn config_text(path: Option<&Path>) -> Result<(&Path, Option<String>), ShimError> {
     let usual = Path::new(RuntimeConfig::DEFAULT_PATH);
-    let config_error = |source| ShimError::Config {
-        path: path.unwrap_or(usual).to_path_buf(),
-        source,
-    };
-    let text = match read_limited(path.unwrap_or(usual), MAX_CONFIG_BYTES) {
-        Ok(bytes) => String::from_utf8(bytes).map_err(|error| config_error(error.into()))?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound && path.is_none() => String::new(),
-        Err(error) => return Err(config_error(error.into())),
-    };
-    RuntimeConfig::parse(&text).map_err(|error| config_error(error.into()))
+    let named = path.is_some();
+    let path = path.unwrap_or(usual);
+    match read_limited(path, MAX_CONFIG_BYTES) {
+        Ok(bytes) => {
+            let text = String::from_utf8(bytes).map_err(config_error(path))?;
+            Ok((path, Some(text)))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound && !named => Ok((path, None)),
+        Err(error) => Err(config_error(path)(error)),
+    }
+}
+
+fn config_error<E: std::error::Error + Send + Sync + 'static>(
+    path: &Path,
+) -> impl FnOnce(E) -> ShimError {
+    let path = path.to_path_buf();
+    move |error| ShimError::Config {
+        path,
+        source: Box::new(error),
+    }
 }
 
 /// The bundle's spec, or `None` if it has none.
@@ -309,6 +334,12 @@ mod tests {
             read_config(Some(&path)).unwrap().guest.default_vcpus.get(),
             2
         );
+        let (entries, file) = config_entries(Some(&path)).unwrap();
+        assert_eq!(file, Some(path.as_path()));
+        let vcpus = entries
+            .iter()
+            .find(|entry| entry.key == "guest.default_vcpus");
+        assert_eq!(vcpus.unwrap().origin, pod_spec::ConfigOrigin::File);
     }
 
     #[test]

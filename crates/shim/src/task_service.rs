@@ -19,8 +19,8 @@ use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::shim_async::{Task, create_task};
 use ids::{ContainerId, InvalidId};
 use sandbox::{
-    CreateTask, ExecTask, KillScope, ProcessId, ProcessInfo, RootfsMount, SandboxErrorKind,
-    SandboxHandle, Status, StdioPaths, TaskStats, TerminalSize,
+    CgroupStats, CreateTask, ExecTask, KillScope, ProcessId, ProcessInfo, RootfsMount,
+    SandboxErrorKind, SandboxHandle, Status, StdioPaths, TaskStats, TerminalSize,
 };
 use ttrpc::Code;
 use ttrpc::asynchronous::{Service, TtrpcContext};
@@ -466,11 +466,14 @@ impl Task for TaskService {
         request: api::StatsRequest,
     ) -> ttrpc::Result<api::StatsResponse> {
         let stats = self.sandbox.stats(container(&request.id)?).await;
-        let metrics = match stats.map_err(|error| to_status(&error))? {
-            TaskStats::Guest(stats) => metrics::of_cgroup_v2(&stats),
-            TaskStats::Sandbox => tokio::task::spawn_blocking(metrics::of_this_process)
-                .await
-                .map_err(|error| status(Code::INTERNAL, error.to_string()))?,
+        let TaskStats { cgroup, interfaces } = stats.map_err(|error| to_status(&error))?;
+        let metrics = match cgroup {
+            CgroupStats::Guest(stats) => metrics::of_cgroup_v2(&stats, &interfaces),
+            CgroupStats::Host => {
+                tokio::task::spawn_blocking(move || metrics::of_this_process(&interfaces))
+                    .await
+                    .map_err(|error| status(Code::INTERNAL, error.to_string()))?
+            }
         };
         let metrics = metrics.map_err(|error| status(Code::INTERNAL, report(&error)))?;
         let mut response = api::StatsResponse::new();

@@ -343,10 +343,10 @@ impl Machine {
         Ok(())
     }
 
-    /// The end of the console's output.
+    /// The console's output.
     #[must_use]
-    pub fn console_tail(&self) -> Vec<u8> {
-        self.console.tail()
+    pub fn console(&self) -> &ConsoleLog {
+        &self.console
     }
 
     /// Counters and states, for people.

@@ -16,7 +16,8 @@ use nix::sys::socket::MsgFlags;
 use virtio_device::vsock::HostPorts;
 
 use crate::control::{
-    self, Answer, Call, Config, ControlSocket, MAX_CONSOLE_TAIL_BYTES, Message, Received, Request,
+    self, Answer, Call, Config, ControlSocket, MAX_CONSOLE_BYTES, MAX_CONSOLE_TAIL_BYTES, Message,
+    Received, Request,
 };
 use crate::machine::{FileSystemParts, Machine, Resources, ThreadSetup};
 use crate::{End, Ends, ExitCode, VmmError, jail};
@@ -272,9 +273,16 @@ impl Server {
     }
 
     fn console_tail(&self) -> String {
-        let tail = self.machine.console_tail();
-        let start = tail.len().saturating_sub(MAX_CONSOLE_TAIL_BYTES);
-        printable(tail.get(start..).unwrap_or_default())
+        self.console(None, MAX_CONSOLE_TAIL_BYTES).2
+    }
+
+    /// The number of the first byte, that of the byte after the last, and the text.
+    fn console(&self, from: Option<u64>, most: usize) -> (u64, u64, String) {
+        let console = self.machine.console();
+        let from = from.unwrap_or_else(|| console.printed().saturating_sub(most as u64));
+        let (first, bytes) = console.part(from, most);
+        let next = first.saturating_add(bytes.len() as u64);
+        (first, next, printable(&bytes))
     }
 
     fn serve_call(&mut self) -> Result<Next, VmmError> {
@@ -320,7 +328,14 @@ impl Server {
                 let size = self.machine.resize(vcpus, Mib(memory_mib))?;
                 Ok(Answer::Size(size))
             }
-            Request::ConsoleTail => Ok(Answer::Text(self.console_tail())),
+            Request::Console { from } => {
+                let most = match from {
+                    Some(_) => MAX_CONSOLE_BYTES,
+                    None => MAX_CONSOLE_TAIL_BYTES,
+                };
+                let (from, next, text) = self.console(from, most);
+                Ok(Answer::Console { from, next, text })
+            }
             Request::Dump => Ok(Answer::Text(self.machine.dump().to_string())),
             Request::Pause => {
                 self.machine.pause();

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::SpliceFlags;
@@ -19,15 +20,18 @@ const MAX_SPLICE: usize = 1 << 20;
     unsafe_code,
     reason = "tokio's registration asks for a promise about the descriptor"
 )]
-pub(super) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an OwnedFd names one open descriptor, always the same, until it is dropped, and the AsyncFd owns it from
-    // here on; nothing in this module takes it out again.
+pub(super) fn watch(fd: Arc<OwnedFd>, interest: Interest) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    // SAFETY: an OwnedFd names one open descriptor, always the same, until it is dropped, and the AsyncFd has a share in it
+    // for as long as it lives.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(io::Error::from)
 }
 
 /// Moves what there is, at least one byte; 0 at the end of the stream. One end must be a pipe, both must be
 /// non-blocking. Cancel-safe: nothing is moved unless it is counted.
-pub(super) async fn splice(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Result<usize> {
+pub(super) async fn splice(
+    from: &AsyncFd<Arc<OwnedFd>>,
+    to: &AsyncFd<Arc<OwnedFd>>,
+) -> io::Result<usize> {
     loop {
         let mut readable = from.readable().await?;
         let mut writable = to.writable().await?;

@@ -7,11 +7,14 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use agent_proto::{ProcessKey, STDIO_PORT, StreamHeader, StreamKind, api};
 use rustix::fs::{FileType, Mode, OFlags, fstat, open};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
+use tokio::time::timeout;
+use tracing::Instrument;
 
 use super::pump::{self, Sink};
 use super::streams::{FlowGuard, Streams};
@@ -21,6 +24,9 @@ use crate::client::AgentClient;
 /// How much an output FIFO holds, in bytes. Measured from a socket through a FIFO to a reader: 2.6 GiB/s, and 1.7 GiB/s
 /// with the kernel's default of 64 KiB.
 const FIFO_LEN: usize = 256 << 10;
+
+/// How long a stream's header may take to go into its connection, which is empty.
+const HEADER_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Why a stream cannot be.
 #[derive(Debug, thiserror::Error)]
@@ -130,15 +136,21 @@ impl HostStdio {
         client: &Arc<AgentClient>,
     ) -> Result<(), StdioError> {
         let streams = self.streams;
+        // Of the highest level, so that its ids are on every line.
+        let span = tracing::error_span!(
+            "stdio",
+            container_id = process.container.as_str(),
+            exec_id = process.exec.as_ref().map(|exec| exec.as_str()),
+        );
         for (kind, sink, flow) in self.outputs {
             let socket = connect_one(process, kind, connector).await?;
-            let task = tokio::spawn(pump::output(socket, sink, flow));
+            let task = tokio::spawn(pump::output(socket, sink, flow).instrument(span.clone()));
             streams.own(task.abort_handle());
         }
         if let Some(stdin) = streams.stdin() {
             let socket = connect_one(process, StreamKind::Stdin, connector).await?;
             let pump = pump::input(stdin, socket, process.clone(), Arc::clone(client));
-            let task = tokio::spawn(pump);
+            let task = tokio::spawn(pump.instrument(span));
             streams.own(task.abort_handle());
         }
         Ok(())
@@ -156,7 +168,11 @@ async fn connect_one(
         kind,
     };
     let mut socket = connector.connect(STDIO_PORT).await.map_err(failed)?;
-    socket.write_all(&header.encode()).await.map_err(failed)?;
+    let header = header.encode();
+    match timeout(HEADER_DEADLINE, socket.write_all(&header)).await {
+        Ok(written) => written.map_err(failed)?,
+        Err(elapsed) => return Err(failed(elapsed.into())),
+    }
     Ok(socket)
 }
 

@@ -58,7 +58,9 @@ async fn to_fifo(
     fifo: OwnedFd,
     flow: &mut FlowGuard,
 ) -> io::Result<Option<OwnedFd>> {
-    let socket = watch(socket.into_std()?.into(), Interest::READABLE)?;
+    let socket = watch(Arc::new(socket.into_std()?.into()), Interest::READABLE)?;
+    let fifo = Arc::new(fifo);
+    flow.show(&fifo);
     let fifo = watch(fifo, Interest::WRITABLE)?;
     while !flow.is_complete() {
         let moved = tokio::select! {
@@ -75,7 +77,7 @@ async fn to_fifo(
 
 /// The kernel throws away what is in a FIFO when nobody has it open. Closes our end, which reads too, unless that would be
 /// so; then what is left is open for writing alone.
-fn unread(fifo: OwnedFd) -> Option<OwnedFd> {
+fn unread(fifo: Arc<OwnedFd>) -> Option<OwnedFd> {
     if !matches!(ioctl_fionread(&fifo), Ok(1..)) {
         return None;
     }
@@ -162,9 +164,11 @@ async fn from_fifo(
     fifo: OwnedFd,
     socket: UnixStream,
     stdin: &Stdin,
-) -> io::Result<AsyncFd<OwnedFd>> {
+) -> io::Result<AsyncFd<Arc<OwnedFd>>> {
+    let fifo = Arc::new(fifo);
+    stdin.show(&fifo);
     let fifo = watch(fifo, Interest::READABLE)?;
-    let socket = watch(socket.into_std()?.into(), Interest::WRITABLE)?;
+    let socket = watch(Arc::new(socket.into_std()?.into()), Interest::WRITABLE)?;
     loop {
         let moved = splice(&fifo, &socket).await?;
         if moved == 0 {

@@ -6,9 +6,10 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use agent_proto::StreamKind;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -29,6 +30,7 @@ pub(super) struct Stdin {
     begun: watch::Sender<bool>,
     hold: Mutex<Hold>,
     passed: AtomicU64,
+    fifo: OnceLock<Weak<OwnedFd>>,
 }
 
 /// Our hold on stdin.
@@ -47,6 +49,8 @@ struct Flow {
     end: watch::Sender<Option<u64>>,
     /// Nothing more will be passed on.
     done: watch::Sender<bool>,
+    /// containerd's end, while it is open: a pump closes it with its own end.
+    fifo: OnceLock<Weak<OwnedFd>>,
 }
 
 impl Streams {
@@ -57,6 +61,7 @@ impl Streams {
                 passed: AtomicU64::new(0),
                 end: watch::Sender::new(None),
                 done: watch::Sender::new(false),
+                fifo: OnceLock::new(),
             })
         };
         let stdin = stdin.map(|path| {
@@ -65,6 +70,7 @@ impl Streams {
                 begun: watch::Sender::new(false),
                 hold: Mutex::default(),
                 passed: AtomicU64::new(0),
+                fifo: OnceLock::new(),
             })
         });
         Self {
@@ -123,12 +129,23 @@ impl Streams {
         }
     }
 
-    /// Bytes passed on, bytes announced, and what is still open, as JSON for people.
+    /// What is known of each stream, as JSON for people: bytes passed on and announced, what is in containerd's FIFO, and
+    /// whom the stream waits for.
     pub fn dump(&self) -> Value {
         let mut streams = serde_json::Map::new();
         if let Some(stdin) = &self.stdin {
-            let held = stdin.hold().writer.is_some();
-            let stdin = json!({ "bytes": stdin.passed(), "held": held });
+            let fifo = Fifo::of(&stdin.fifo);
+            let stdin = json!({
+                "bytes": stdin.passed(),
+                "held": stdin.hold().writer.is_some(),
+                "waits_for": match &fifo {
+                    None if *stdin.begun.borrow() => "nobody",
+                    None => "start",
+                    Some(fifo) if fifo.bytes > 0 => "guest",
+                    Some(_) => "client",
+                },
+                "fifo": fifo.map(|fifo| fifo.dump()),
+            });
             streams.insert("stdin".to_owned(), stdin);
         }
         for flow in &self.outputs {
@@ -137,10 +154,18 @@ impl Streams {
                 StreamKind::Stdout => "stdout",
                 StreamKind::Stderr => "stderr",
             };
+            let fifo = Fifo::of(&flow.fifo);
+            let done = *flow.done.borrow();
             let output = json!({
                 "bytes": flow.passed.load(Ordering::Relaxed),
                 "announced": *flow.end.borrow(),
-                "done": *flow.done.borrow(),
+                "done": done,
+                "waits_for": match &fifo {
+                    _ if done => "nobody",
+                    Some(fifo) if !fifo.writable => "client",
+                    _ => "guest",
+                },
+                "fifo": fifo.map(|fifo| fifo.dump()),
             });
             streams.insert(name.to_owned(), output);
         }
@@ -163,7 +188,40 @@ impl Streams {
     }
 }
 
+/// A FIFO as it is now.
+struct Fifo {
+    /// What nobody has read yet.
+    bytes: u64,
+    capacity: usize,
+    writable: bool,
+}
+
+impl Fifo {
+    /// `None` if it is not open, or no FIFO.
+    fn of(fifo: &OnceLock<Weak<OwnedFd>>) -> Option<Self> {
+        let fifo = fifo.get()?.upgrade()?;
+        let mut ready = [PollFd::new(&*fifo, PollFlags::OUT)];
+        poll(&mut ready, Some(&Timespec::default())).ok()?;
+        let [ready] = ready.map(|fd| fd.revents().contains(PollFlags::OUT));
+        Some(Self {
+            bytes: rustix::io::ioctl_fionread(&*fifo).ok()?,
+            capacity: rustix::pipe::fcntl_getpipe_size(&*fifo).ok()?,
+            writable: ready,
+        })
+    }
+
+    fn dump(&self) -> Value {
+        json!({ "bytes": self.bytes, "capacity": self.capacity })
+    }
+}
+
 impl Stdin {
+    /// Remembers containerd's end for dumps.
+    pub(super) fn show(&self, fifo: &Arc<OwnedFd>) {
+        // Opened once.
+        let _first = self.fifo.set(Arc::downgrade(fifo));
+    }
+
     /// The reading end of the FIFO, once the process has been started. Our writer is opened with it, so that stdin does
     /// not end with the first client that detaches.
     pub(super) async fn opened(&self) -> Result<OwnedFd, StdioError> {
@@ -217,6 +275,7 @@ impl FlowGuard {
                     passed: AtomicU64::new(0),
                     end: watch::Sender::new(Some(0)),
                     done: watch::Sender::new(false),
+                    fifo: OnceLock::new(),
                 })
             },
             Arc::clone,
@@ -227,6 +286,12 @@ impl FlowGuard {
 
     pub(super) fn kind(&self) -> StreamKind {
         self.flow.kind
+    }
+
+    /// Remembers containerd's end for dumps.
+    pub(super) fn show(&self, fifo: &Arc<OwnedFd>) {
+        // A flow has one pump.
+        let _first = self.flow.fifo.set(Arc::downgrade(fifo));
     }
 
     pub(super) fn count(&self, moved: usize) {

@@ -8,8 +8,8 @@ use std::time::Duration;
 use driver_fake::Script;
 use tokio::time::Instant;
 
-use super::pod::{Known, Pod, exec, init, kind};
-use crate::{SandboxError, SandboxErrorKind, Status, TaskStats};
+use super::pod::{Known, Pod, exec, init, interfaces, kind};
+use crate::{CgroupStats, SandboxError, SandboxErrorKind, Status};
 
 /// The promise of `Stats`.
 const SECOND: Duration = Duration::from_secs(1);
@@ -34,9 +34,11 @@ async fn update(pod: &Pod, id: &str, json: &str) -> Result<(), SandboxError> {
 
 /// The CPU time that a container has used, in µs.
 async fn usage(pod: &Pod, id: &str) -> u64 {
-    match pod.sandbox.stats(id.parse().unwrap()).await.unwrap() {
-        TaskStats::Guest(stats) => stats.cpu.usage_usec,
-        TaskStats::Sandbox => panic!("{id} is in the guest"),
+    let stats = pod.sandbox.stats(id.parse().unwrap()).await.unwrap();
+    assert!(stats.interfaces.is_empty(), "they are the pod's");
+    match stats.cgroup {
+        CgroupStats::Guest(stats) => stats.cpu.usage_usec,
+        CgroupStats::Host => panic!("{id} is in the guest"),
     }
 }
 
@@ -220,7 +222,8 @@ async fn sandbox_container_stands_for_the_vm() {
     pod.create_as("pod", Known::Sandbox).await.unwrap();
     pod.start(&init("pod")).await.unwrap();
     let stats = pod.sandbox.stats("pod".parse().unwrap()).await.unwrap();
-    assert_eq!(stats, TaskStats::Sandbox);
+    assert_eq!(stats.cgroup, CgroupStats::Host);
+    assert_eq!(stats.interfaces, interfaces());
     let paused = pod.sandbox.pause("pod".parse().unwrap()).await;
     assert_eq!(kind(paused), SandboxErrorKind::FailedPrecondition);
     update(&pod, "pod", "{}").await.unwrap();

@@ -307,7 +307,8 @@ async fn vm_death_is_told_once_for_each_process() {
     assert_eq!(error.kind(), SandboxErrorKind::Unavailable);
     assert_eq!(
         error.report(),
-        "container new: the sandbox's VM has ended: the sandbox's VM has ended: the VMM was ended by signal 9"
+        "container new: the sandbox's VM has ended: the sandbox's VM has ended: the VMM was ended by signal 9; its \
+         console ends with: Linux version 6.12 (fake)"
     );
     pod.clean_up(&["late", "web", "pod"]).await;
     let events = pod.events();
@@ -367,14 +368,13 @@ async fn console_is_the_guests_until_the_end() {
     let script = Script::new();
     let pod = Pod::new(&script);
     pod.run("web", &["sleep"]).await;
-    assert_eq!(
-        pod.sandbox.console().await.unwrap(),
-        "Linux version 6.12 (fake)\n"
-    );
+    let console = pod.sandbox.console(Some(6)).await.unwrap();
+    assert_eq!((console.from, console.next), (6, 26));
+    assert_eq!(console.text, "version 6.12 (fake)\n");
     pod.sandbox.terminate().await;
     pod.nothing_is_left().await;
     assert_eq!(
-        kind(pod.sandbox.console().await),
+        kind(pod.sandbox.console(None).await),
         SandboxErrorKind::Unavailable
     );
 }
@@ -394,7 +394,12 @@ async fn dump_shows_processes_calls_and_vm() {
     assert_eq!(dump["vm"]["state"], "ready");
     assert_eq!(dump["vm"]["vmm"]["driver"], "fake");
     assert_eq!(dump["vm"]["agent"]["fake"], true);
-    assert!(dump["vm"]["calls_pending"].to_string().contains("Signal"));
+    let call = &dump["vm"]["calls_pending"][0];
+    assert_eq!(call["method"], "Signal");
+    assert!(
+        call["ms"].as_u64() <= call["deadline_ms"].as_u64(),
+        "{call}"
+    );
     script.release("Signal");
     kill.await.unwrap().unwrap();
     pod.sandbox.terminate().await;

@@ -19,8 +19,9 @@ use tokio::sync::watch;
 
 use crate::{
     Boot, ContainerKind, ContainerPlan, CreateTask, Deadlines, Deleted, EventSink, ExecTask, Exit,
-    GuestContainer, GuestDisk, GuestRootfs, Host, KillScope, Pid, PodPlan, ProcessId, SandboxError,
-    SandboxErrorKind, SandboxHandle, SandboxOptions, StdioPaths, TaskEvent, spawn,
+    GuestContainer, GuestDisk, GuestRootfs, Host, InterfaceCounters, KillScope, Pid, PodPlan,
+    ProcessId, SandboxError, SandboxErrorKind, SandboxHandle, SandboxOptions, StdioPaths,
+    TaskEvent, spawn,
 };
 
 /// The events so far, as short words: "created web", "exited web/probe 137".
@@ -150,6 +151,18 @@ impl Host for FakeHost {
     fn memory_limit(&self) -> Result<Option<Mib>, SandboxError> {
         Ok(*self.memory_limit.lock().unwrap())
     }
+
+    fn interfaces(&self) -> Vec<InterfaceCounters> {
+        interfaces()
+    }
+}
+
+/// What the pod's only interface has counted.
+pub(super) fn interfaces() -> Vec<InterfaceCounters> {
+    vec![InterfaceCounters {
+        name: "eth0".to_owned(),
+        ..InterfaceCounters::default()
+    }]
 }
 
 fn guest(container: GuestContainer) -> ContainerKind {

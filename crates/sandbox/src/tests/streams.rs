@@ -4,8 +4,10 @@
 //! Streams and terminals of containers and execs.
 
 use std::io::{Read, Write};
+use std::time::Duration;
 
 use driver_fake::Script;
+use tokio::time::timeout;
 
 use super::pod::{Known, Pod, exec, init};
 use crate::{CreateTask, StdioPaths, TerminalSize};
@@ -43,6 +45,40 @@ async fn output_of_a_process_that_has_ended_arrives_whole_before_the_delete() {
     // The sandbox has the FIFO open, so the reader does not wait for it.
     let out = read_to_end(out);
     pod.start(&init("web")).await.unwrap();
+    assert_eq!(pod.wait(&init("web")).await, 0);
+    pod.delete(&init("web")).await.unwrap();
+    assert_eq!(out.await.unwrap().len(), 8 << 20);
+    pod.clean_up(&[]).await;
+}
+
+#[tokio::test]
+async fn dump_says_whom_a_stream_waits_for() {
+    let pod = Pod::new(&Script::new());
+    let out = pod.fifo("out");
+    let stdio = StdioPaths {
+        stdout: out.clone(),
+        ..StdioPaths::default()
+    };
+    create_with(&pod, &["print", "0123456789abcdef", "524288"], stdio).await;
+    let stdout = async || {
+        let dump = pod.sandbox.dump().await.unwrap();
+        dump["processes"][0]["streams"]["stdout"].clone()
+    };
+    let before = stdout().await;
+    assert_eq!(before["waits_for"], "guest", "{before}");
+    pod.start(&init("web")).await.unwrap();
+    // Nobody reads: the FIFO fills.
+    let full = async {
+        loop {
+            let now = stdout().await;
+            if now["waits_for"] == "client" {
+                return now;
+            }
+        }
+    };
+    let full = timeout(Duration::from_secs(30), full).await.unwrap();
+    assert!(full["fifo"]["bytes"].as_u64().unwrap() > 0, "{full}");
+    let out = read_to_end(out);
     assert_eq!(pod.wait(&init("web")).await, 0);
     pod.delete(&init("web")).await.unwrap();
     assert_eq!(out.await.unwrap().len(), 8 << 20);

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use containerd_shim_protos::api::{CreateTaskRequest, ShutdownRequest};
 use containerd_shim_protos::shim_async::{Client, TaskClient};
+use rustix::process::{Signal, kill_process};
 use shim_api::api::{ConsoleRequest, DumpRequest, LinesRequest};
 use shim_api::service::InspectClient;
 use tokio::time::timeout;
@@ -77,9 +78,19 @@ async fn dump_and_console_are_answered_beside_the_task_service() {
     assert_eq!(dump["sandbox_id"], "c1");
     assert_eq!(dump["processes"][0]["container_id"], "c1");
     assert_eq!(dump["vm"]["state"], "ready");
+    assert!(
+        dump["shim"]["config_file"]
+            .as_str()
+            .unwrap()
+            .ends_with("/config.toml")
+    );
+    // Nobody takes events, and nobody reads the log.
+    assert_eq!(dump["shim"]["events"]["delivered"], 0);
+    assert!(dump["shim"]["log_lines_dropped"].as_u64().unwrap() > 0);
+    assert!(dump["shim"]["telemetry"].is_null(), "off by default");
     let request = ConsoleRequest::new();
     let console = shim.inspect.console(patiently(), &request).await.unwrap();
-    assert_eq!(console.tail, "Linux version 6.12 (fake)\n");
+    assert_eq!(console.text, "Linux version 6.12 (fake)\n");
 }
 
 #[tokio::test]
@@ -92,6 +103,30 @@ async fn log_lines_are_there_though_nobody_reads_the_fifo() {
         "{log:?}"
     );
     assert_eq!(u64::try_from(log.lines.len()).unwrap(), log.next);
+}
+
+#[tokio::test]
+async fn signal_has_the_dump_in_the_log() {
+    let shim = Shim::new().await;
+    let request = lines(0, false);
+    let before = shim.inspect.logs(patiently(), &request).await.unwrap();
+    kill_process(shim.containerd.shim("c1"), Signal::USR1).unwrap();
+    let mut next = before.next;
+    let mut parts = Vec::new();
+    while !parts.contains(&"vm".to_owned()) {
+        let more = shim.inspect.logs(patiently(), &lines(next, true)).await;
+        let more = more.unwrap();
+        assert!(more.next > next, "nothing more came: {parts:?}");
+        next = more.next;
+        let dumped = more.lines.iter().filter(|line| line.contains("SIGUSR1"));
+        parts.extend(dumped.map(|line| {
+            let (_, part) = line.split_once(" part=").unwrap();
+            part.split(' ').next().unwrap().to_owned()
+        }));
+    }
+    for part in ["processes", "requests_waiting", "shim", "vm"] {
+        assert!(parts.contains(&part.to_owned()), "{part}: {parts:?}");
+    }
 }
 
 #[tokio::test]

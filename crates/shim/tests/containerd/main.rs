@@ -13,3 +13,5 @@ mod sandbox;
 mod service;
 #[cfg(test)]
 mod support;
+#[cfg(test)]
+mod telemetry;

@@ -53,20 +53,48 @@ fn info_is_a_message_and_nothing_else() {
 }
 
 #[test]
+fn config_is_printed_with_where_each_value_is_from_and_can_be_fed_back() {
+    let containerd = Containerd::new();
+    let file = containerd.path("config.toml");
+    fs::write(&file, "[guest]\ndefault_vcpus = 2").unwrap();
+    let file = file.to_str().unwrap();
+    let said = words(&["--print-config", "-config", file]);
+    assert!(said.status.success(), "{said:?}");
+    let printed = text(&said.stdout);
+    assert!(
+        printed.contains(&format!("default_vcpus = 2 # {file}\n"))
+            && printed.contains("max_vcpus = 64 # default\n"),
+        "{printed}"
+    );
+    fs::write(file, printed).unwrap();
+    let again = words(&["-print-config", "-config", file]);
+    assert!(again.status.success(), "{again:?}");
+    fs::write(file, "[guest]\ndefault_vcpu = 2").unwrap();
+    assert_eq!(
+        complaint(&words(&["-print-config", "-config", file])),
+        format!(
+            "containerd-shim-coffer-v2: config file {file}: the config has 1 mistake(s): unknown key \
+             guest.default_vcpu: did you mean guest.default_vcpus?\n"
+        )
+    );
+}
+
+#[test]
 fn command_line_that_is_none_ends_with_code_2() {
     let cases: &[(&[&str], &str)] = &[
         (
             &[],
-            "no command: containerd calls this program with start, delete, -info or -v\n",
+            "no command: containerd calls this program with start, delete, -info or -v, an operator with \
+             -print-config\n",
         ),
         (
             &["-namespace", "n", "-id", "a", "stop"],
-            "unknown command \"stop\": start, delete, -info and -v are known\n",
+            "unknown command \"stop\": start, delete, -info, -v and -print-config are known\n",
         ),
         (
             &["-sokcet", "start"],
-            "unknown flag \"-sokcet\": -namespace, -id, -address, -publish-binary, -bundle, -debug, -info and -v are \
-             known\n",
+            "unknown flag \"-sokcet\": -namespace, -id, -address, -publish-binary, -bundle, -debug, -info, -v, \
+             -print-config and -config are known\n",
         ),
         (
             &["-namespace", "n", "-id", "a/b", "start"],

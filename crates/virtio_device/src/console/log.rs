@@ -67,8 +67,15 @@ impl LogFile {
 /// Written by the console's worker, read by the control thread. No lock is held across I/O.
 #[derive(Default)]
 pub struct ConsoleLog {
-    tail: Mutex<VecDeque<u8>>,
+    tail: Mutex<Tail>,
     file: Option<LogFile>,
+}
+
+#[derive(Default)]
+struct Tail {
+    bytes: VecDeque<u8>,
+    /// How many bytes went before these.
+    gone: u64,
 }
 
 impl ConsoleLog {
@@ -84,7 +91,26 @@ impl ConsoleLog {
     /// The last bytes printed, at most [`TAIL_BYTES`].
     #[must_use]
     pub fn tail(&self) -> Vec<u8> {
-        self.lock().iter().copied().collect()
+        self.lock().bytes.iter().copied().collect()
+    }
+
+    /// How many bytes have been printed.
+    #[must_use]
+    pub fn printed(&self) -> u64 {
+        let tail = self.lock();
+        tail.gone.saturating_add(tail.bytes.len() as u64)
+    }
+
+    /// At most `most` bytes from number `from` on, or from the oldest that is kept, and the number of the first of them.
+    #[must_use]
+    pub fn part(&self, from: u64, most: usize) -> (u64, Vec<u8>) {
+        let tail = self.lock();
+        let skipped = usize::try_from(from.saturating_sub(tail.gone))
+            .unwrap_or(usize::MAX)
+            .min(tail.bytes.len());
+        let bytes = tail.bytes.iter().skip(skipped).take(most);
+        let first = tail.gone.saturating_add(skipped as u64);
+        (first, bytes.copied().collect())
     }
 
     /// Adds output to what is kept in memory, and not to the file: for threads that do no I/O.
@@ -93,12 +119,15 @@ impl ConsoleLog {
         let kept = bytes.len().saturating_sub(TAIL_BYTES);
         let new = bytes.get(kept..).unwrap_or_default();
         let excess = tail
+            .bytes
             .len()
             .saturating_add(new.len())
             .saturating_sub(TAIL_BYTES)
-            .min(tail.len());
-        tail.drain(..excess);
-        tail.extend(new);
+            .min(tail.bytes.len());
+        tail.bytes.drain(..excess);
+        tail.bytes.extend(new);
+        let gone = excess.saturating_add(kept) as u64;
+        tail.gone = tail.gone.saturating_add(gone);
     }
 
     /// Adds output; returns the bytes that did not reach the file though there is one.
@@ -107,7 +136,7 @@ impl ConsoleLog {
         self.file.as_ref().map_or(0, |file| file.append(bytes))
     }
 
-    fn lock(&self) -> MutexGuard<'_, VecDeque<u8>> {
+    fn lock(&self) -> MutexGuard<'_, Tail> {
         // Bytes cannot be half written: a panic elsewhere does not spoil them.
         self.tail.lock().unwrap_or_else(PoisonError::into_inner)
     }

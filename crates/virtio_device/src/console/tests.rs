@@ -116,7 +116,23 @@ proptest! {
             log.append(&piece);
             all.extend(piece);
         }
-        prop_assert_eq!(log.tail(), &all[all.len().saturating_sub(TAIL_BYTES)..]);
+        let oldest = all.len().saturating_sub(TAIL_BYTES);
+        prop_assert_eq!(log.tail(), &all[oldest..]);
+        prop_assert_eq!(log.printed(), all.len() as u64);
+        // In parts, each from where the last one ended.
+        let (mut next, mut parts) = (0, Vec::new());
+        loop {
+            let (first, part) = log.part(next, 10_000);
+            prop_assert!(first >= next && part.len() <= 10_000);
+            prop_assert_eq!(&all[usize::try_from(first).unwrap()..][..part.len()], &part);
+            if part.is_empty() {
+                break;
+            }
+            next = first + part.len() as u64;
+            parts.extend(part);
+        }
+        prop_assert_eq!(parts, &all[oldest..]);
+        prop_assert_eq!(log.part(u64::MAX, 1), (all.len() as u64, Vec::new()));
     }
 }
 

@@ -31,7 +31,9 @@ pub const MAX_MESSAGE_BYTES: usize = 64 << 10;
 pub const MAX_DESCRIPTORS: usize = 64;
 /// The most network cards.
 pub const MAX_NETWORKS: usize = 8;
-/// The longest console tail in an answer.
+/// The most bytes of the console in an answer: each may take two in JSON.
+pub const MAX_CONSOLE_BYTES: usize = 24 << 10;
+/// The most bytes of the console's end in last words, and in an answer to who asks for no part of it.
 pub const MAX_CONSOLE_TAIL_BYTES: usize = 4096;
 
 /// A call of the shim.
@@ -66,8 +68,11 @@ pub enum Request {
     },
     /// Hold traffic to these limits from now on; what is not in them is not limited.
     SetLimits(LimitsConfig),
-    /// The end of the guest's console output.
-    ConsoleTail,
+    /// What the guest has printed on its console, from byte number `from` on; the last of it without.
+    Console {
+        /// Counted from the VM's start. What is not kept any more is left out.
+        from: Option<u64>,
+    },
     /// All counters and states, as JSON.
     Dump,
     /// Be of another size, as far as the guest does its part. May be asked again to learn how far it has.
@@ -206,10 +211,19 @@ pub enum Answer {
         /// Its name.
         device: String,
     },
-    /// Text: the console's tail, or the dump.
+    /// Text: the dump.
     Text(String),
     /// How large the VM is now.
     Size(Size),
+    /// A part of the console's output.
+    Console {
+        /// The number of its first byte.
+        from: u64,
+        /// The number of the byte after its last.
+        next: u64,
+        /// Printable characters, tabs and ends of lines.
+        text: String,
+    },
 }
 
 /// How large a VM is.

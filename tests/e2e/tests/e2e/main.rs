@@ -21,6 +21,7 @@ mod lifecycle;
 mod limits;
 mod mount_propagation;
 mod network;
+mod observability;
 mod pod_security;
 mod resize;
 mod resources;
