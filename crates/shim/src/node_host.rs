@@ -516,7 +516,10 @@ fn storage_error(error: StorageError) -> SandboxError {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
     use ids::ContainerId;
     use network_testbed::{Namespace, is_root};
     use sandbox::{RootfsMount, StdioPaths};
@@ -623,6 +626,32 @@ mod tests {
         let (kind, text) = kind(host.plan_container(&task(dir.path(), "c1", Vec::new())));
         assert_eq!(kind, SandboxErrorKind::InvalidArgument);
         assert!(text.contains("annotate the pod"), "{text}");
+    }
+
+    #[test]
+    fn annotations_of_a_described_pod_are_read_alike() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut request = CreateSandboxRequest::new();
+        request
+            .annotations
+            .insert("io.coffer.vm.vcpus".to_owned(), "3".to_owned());
+        let id = "pod1".parse().unwrap();
+        let pod = DescribedPod::new(&request, &id, SystemTime::UNIX_EPOCH).unwrap();
+        let source = PodSource::Described(Arc::new(OnceLock::from(pod)));
+        let described = |config: &str| NodeHost {
+            source: source.clone(),
+            ..host(dir.path(), config)
+        };
+        let refused = kind(described(&guest(dir.path())).plan_pod());
+        assert_eq!(
+            refused.0,
+            SandboxErrorKind::PermissionDenied,
+            "{}",
+            refused.1
+        );
+        let allow = "\n[annotations]\nallow = [\"io.coffer.vm.vcpus\"]";
+        let plan = described(&(guest(dir.path()) + allow)).plan_pod().unwrap();
+        assert_eq!((plan.vm.vcpus.get(), plan.vm.max_vcpus.get()), (3, 3));
     }
 
     #[test]
