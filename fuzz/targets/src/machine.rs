@@ -92,7 +92,7 @@ fn insert(
     let transport = Transport::new(TransportParts {
         device,
         index,
-        memory: memory.space(),
+        memory: memory.space().into(),
         signals: Arc::new(Signals::new(event())),
         kicks,
         host: Arc::clone(host) as Arc<dyn WorkerHost>,

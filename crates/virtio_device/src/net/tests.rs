@@ -488,7 +488,8 @@ fn frames_over_the_limit_wait_in_the_tap_and_wake_nobody() {
     let mut rig = rig(Features::NONE);
     rig.buffer(2048);
     rig.buffer(2048);
-    rig.worker.handle(Event::Queue(RECEIVE_QUEUE)).unwrap();
+    let progress = rig.worker.handle(Event::Queue(RECEIVE_QUEUE)).unwrap();
+    assert_eq!(progress, Progress::Idle);
     rig.arrive(&frame(60));
     assert!(rig.is_readable());
     exhaust(&rig.limits.ingress);
