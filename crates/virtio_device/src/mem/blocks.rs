@@ -223,7 +223,7 @@ mod tests {
             blocks: 1,
         };
         let far = BlockRange {
-            addr: u64::MAX & !(BLOCK_BYTES - 1),
+            addr: !(BLOCK_BYTES - 1),
             blocks: u16::MAX,
         };
         for bad in [
