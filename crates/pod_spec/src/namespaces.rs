@@ -222,7 +222,7 @@ mod tests {
                 .unwrap();
         of_described_member(&mut asked).unwrap();
         let guest = translate(&asked, &member()).unwrap();
-        assert_eq!(kinds(&guest), ["mount", "ipc", "pid", "cgroup"]);
+        assert_eq!(kinds(&guest), ["mnt", "ipc", "pid", "cgroup"]);
         assert!(guest.iter().all(|namespace| namespace.path().is_none()));
     }
 
@@ -232,7 +232,7 @@ mod tests {
         let mut alone = left_out();
         of_guest(&mut alone, &Role::Standalone).unwrap();
         let guest = translate(&alone, &Role::Standalone).unwrap();
-        assert_eq!(kinds(&guest), ["mount", "pid", "cgroup"]);
+        assert_eq!(kinds(&guest), ["mnt", "pid", "cgroup"]);
 
         let mut pods = left_out();
         of_guest(&mut pods, &member()).unwrap();
@@ -242,7 +242,7 @@ mod tests {
             new_namespace(LinuxNamespaceType::Network, Some("/proc/7/ns/net".into())).unwrap(),
         );
         let guest = translate(&pods, &member()).unwrap();
-        assert_eq!(kinds(&guest), ["mount", "pid", "cgroup"]);
+        assert_eq!(kinds(&guest), ["mnt", "pid", "cgroup"]);
         assert_eq!(
             guest[1].path().as_deref(),
             Some(Path::new("/run/coffer/pause/ns/pid"))
