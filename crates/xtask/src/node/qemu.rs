@@ -79,8 +79,15 @@ fn machine(qemu: &mut Command, image: &Image, job: &Job) {
     ]);
     // Without the features that make kernels copy and clear pages byte by byte: emulated, that is one slow step each, the
     // slower where a page has held code, as all of a dead guest's have. It makes the boots of all but the first guest twice
-    // as fast.
-    qemu.args(["-machine", "q35", "-cpu", "max,-erms,-fsrm,-cx16", "-nic", "none"]);
+    // as fast. And without an instruction whose flags QEMU 7.2 gets wrong.
+    qemu.args([
+        "-machine",
+        "q35",
+        "-cpu",
+        "max,-erms,-fsrm,-cx16",
+        "-nic",
+        "none",
+    ]);
     // One processor: with two, QEMU 7.2 at times runs kernel code that the other one has just patched away. Work that can
     // be divided gets several nodes instead. A small cache of translated code: what was translated from the memory of dead
     // guests slows down every write of the next one to the same pages until it is thrown out.
