@@ -271,13 +271,16 @@ fn memory_limit_of(cgroup: &Path) -> Option<Bytes> {
 /// counted. As far as it can be done: a cgroup with processes of its own has no children with controllers, and in version 1
 /// there is nothing to do.
 fn enable_controllers(cgroup: &Path) {
-    let available = fs::read_to_string(cgroup.join("cgroup.controllers")).unwrap_or_default();
+    let control = cgroup.join("cgroup.subtree_control");
+    let read = |path: &Path| fs::read_to_string(path).unwrap_or_default();
+    let (available, enabled) = (read(&cgroup.join("cgroup.controllers")), read(&control));
+    let enabled: Vec<&str> = enabled.split_whitespace().collect();
     for controller in available.split_whitespace() {
-        // One by one: where one of several is refused, none is enabled.
-        let _ = fs::write(
-            cgroup.join("cgroup.subtree_control"),
-            format!("+{controller}"),
-        );
+        // Only what is missing: every write waits for cgroups that are going elsewhere to be gone. And one by one: where one
+        // of several is refused, none is enabled.
+        if !enabled.contains(&controller) {
+            let _ = fs::write(&control, format!("+{controller}"));
+        }
     }
 }
 
