@@ -3,6 +3,7 @@
 
 //! One VM: memory, vCPUs, interrupt lines and devices, put together.
 
+mod disks;
 mod file_system;
 mod resize;
 
@@ -17,7 +18,6 @@ use ids::{GuestCid, Mib, VcpuCount, VsockPort};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Kvm, VmFd};
 use virtio_device::balloon::{Backing, BackingSwitch, Balloon, MemoryRelease};
-use virtio_device::block::{Access, Block, BlockOptions, FileDisk};
 use virtio_device::console::{Console, ConsoleLog, LogFile};
 use virtio_device::net::{Net, NetLimits, NetOptions, Tap};
 use virtio_device::rng::{HostEntropy, Rng};
@@ -26,7 +26,7 @@ use virtio_device::{Limiter, VirtioDevice};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootSource, Entry, cmdline};
-use crate::control::{Config, DiskAccess, DiskConfig, LimitsConfig, MAX_NETWORKS, NetworkConfig};
+use crate::control::{Config, LimitsConfig, MAX_NETWORKS, NetworkConfig};
 use crate::cpu::cpuid;
 use crate::devices::{
     Bus, IoThread, Memory, Signals, Transport, TransportParts, TransportState, WorkerHost,
@@ -44,9 +44,6 @@ use resize::{Resizing, SpareParts};
 const MAX_VCPUS: u8 = 64;
 /// Bytes after which the console log file takes no more.
 const CONSOLE_LOG_BYTES: u64 = 16 << 20;
-/// Request queues of a disk: one thread serves all of them.
-const DISK_QUEUES: u16 = 1;
-
 /// Connections in a dump, which must fit a control message.
 const MAX_DUMPED_CONNECTIONS: usize = 64;
 
@@ -278,69 +275,6 @@ impl Machine {
         {
             thread.look_again();
         }
-    }
-
-    /// Puts a disk into a free slot; answers the guest's name of the slot's device.
-    ///
-    /// # Errors
-    /// No slot is free, the serial is in use, or the file is no disk.
-    pub fn attach_disk(&mut self, disk: &DiskConfig, file: File) -> Result<String, VmmError> {
-        if self.disks.values().any(|serial| *serial == disk.serial) {
-            return Err(VmmError::SerialInUse {
-                serial: disk.serial.clone(),
-            });
-        }
-        let index = self.free_slot()?;
-        let block = Block::new(BlockOptions {
-            disk: Arc::new(FileDisk::new(file)),
-            access: match disk.access {
-                DiskAccess::ReadOnly => Access::ReadOnly,
-                DiskAccess::ReadWrite => Access::ReadWrite,
-            },
-            serial: disk.serial.clone(),
-            queues: DISK_QUEUES,
-            limiter: Arc::clone(&self.limiters.disk),
-        })
-        .map_err(|source| VmmError::Device {
-            name: "block",
-            source,
-        })?;
-        self.add_device(index, Box::new(block))?;
-        self.disks.insert(index, disk.serial.clone());
-        Ok(cmdline::platform_device(index))
-    }
-
-    fn free_slot(&self) -> Result<u16, VmmError> {
-        let slots = self.disk_slots;
-        let file_system = self.file_system.as_ref().map(|(index, _)| *index);
-        (layout::FIRST_DISK_SLOT..layout::FIRST_DISK_SLOT.saturating_add(slots))
-            .find(|index| !self.disks.contains_key(index) && file_system != Some(*index))
-            .ok_or(VmmError::NoSlot { slots })
-    }
-
-    /// Empties the slot of the disk with this serial; nothing if there is none.
-    ///
-    /// # Errors
-    /// [`VmmError::DiskBusy`] while the guest's driver has it.
-    pub fn detach_disk(&mut self, serial: &str) -> Result<(), VmmError> {
-        let Some(index) = self
-            .disks
-            .iter()
-            .find(|(_, found)| *found == serial)
-            .map(|(index, _)| *index)
-        else {
-            return Ok(());
-        };
-        if let Some(mut window) = self.bus.window(index) {
-            if window.as_ref().is_some_and(Transport::is_in_use) {
-                return Err(VmmError::DiskBusy {
-                    serial: serial.to_owned(),
-                });
-            }
-            window.take();
-        }
-        self.disks.remove(&index);
-        Ok(())
     }
 
     /// The console's output.
