@@ -5,8 +5,8 @@
 //!
 //! One line per event in containerd's own form, `time=… level=… msg="…" key=value`, with the fields of the spans around
 //! it. A line goes out whole in one non-blocking write (at most `PIPE_BUF` bytes, pipe(7)) or is dropped: neither a slow
-//! nor a missing reader may hold up a pod. What is dropped is counted, and told of in the next line that goes out. A line
-//! that would be too long has its longest values cut, never the ids at its end. The last lines are kept for the operator.
+//! nor a missing reader may hold up a pod. What is dropped is counted, and told of behind the next line that goes out. A
+//! line that would be too long has its longest values cut, never the ids at its end. The last lines are kept for the operator.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -100,7 +100,7 @@ struct End {
 }
 
 impl Fifo {
-    /// Writes a line, behind one that says how many were dropped before it; says whether it went out.
+    /// Writes a line, and one behind it that says how many were dropped before it; says whether it went out.
     fn write(&self, line: &[u8]) -> bool {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if open.is_none() {
@@ -115,13 +115,14 @@ impl Fifo {
         let Some(end) = open.as_mut() else {
             return false;
         };
-        if end.missed > 0 && end.file.write(&missed(end.missed)).is_ok() {
-            end.missed = 0;
-        }
         // EAGAIN: the reader is slow. EPIPE: it has gone, and may come back to the same FIFO.
         let written = end.file.write(line).is_ok();
         if !written {
             end.missed = end.missed.saturating_add(1);
+        } else if end.missed > 0 && end.file.write(&missed(end.missed)).is_ok() {
+            // Behind the line, not before it: that is short, so it would find room where the line finds none, and a full
+            // pipe would fill up with lines about one dropped line each.
+            end.missed = 0;
         }
         written
     }
