@@ -73,8 +73,8 @@ pub struct Guest {
     /// `host_namespaces`: what a container gets that asks for the node's PID or IPC namespace, or, without a pod, for its
     /// network.
     pub host_namespaces: HostNamespaces,
-    /// `ready_timeout_s`: how long the agent may take to report, from the VM's start. More than 60 s are also what it has for
-    /// making a container.
+    /// `ready_timeout_s`: how long the agent may take to report, from the VM's start. More than 110 s are also what it has
+    /// for making a container.
     pub ready_timeout: Duration,
 }
 

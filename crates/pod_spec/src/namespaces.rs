@@ -12,7 +12,7 @@
 //! | pid, path to another container's process | that container's (`kubectl debug --target`) |
 //! | mount, cgroup | always namespaces of its own |
 //! | user | refused |
-//! | none, where the field is left out | refused: it would be the node's |
+//! | none, where the field is left out | refused: it would be the node's; the guest's if the node's config says so |
 
 use std::path::Path;
 
