@@ -17,6 +17,7 @@ mod command;
 mod container;
 mod node;
 mod processes;
+mod watchdog;
 
 pub use audit::Audit;
 pub use command::{DEADLINE, Output, eventually, run, run_with_input, spawn};
