@@ -23,6 +23,7 @@ use std::io::{self, Write};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ids::{Namespace, SandboxId};
 use serde::Serialize;
@@ -101,7 +102,11 @@ impl StateDir {
             return Ok(false);
         }
         let shim: Option<ProcessIdentity> = self.recorded(SHIM)?;
-        Ok(shim.map_or(Ok(None), ProcessIdentity::open)?.is_none())
+        match shim.map(ProcessIdentity::open).transpose()?.flatten() {
+            // Ended, and not yet reaped.
+            Some(process) => process.wait(Duration::ZERO),
+            None => Ok(true),
+        }
     }
 
     /// Where the sandbox's shim listens, if that was recorded.
@@ -329,9 +334,13 @@ mod tests {
         .unwrap();
         assert_eq!(abandoned(), [], "containerd still has the bundle");
         fs::remove_dir(&bundle).unwrap();
-        assert_eq!(abandoned(), [dir.clone()]);
+        assert_eq!(abandoned(), std::slice::from_ref(&dir));
         drop(dir.take().unwrap().unwrap());
-        assert_eq!(abandoned(), [dir.clone()], "a `delete` was killed half way");
+        assert_eq!(
+            abandoned(),
+            std::slice::from_ref(&dir),
+            "a `delete` was killed half way"
+        );
         dir.create().unwrap();
         dir.record_bundle(&bundle).unwrap();
         dir.record_shim(ProcessIdentity::current().unwrap())
