@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::protobuf::{Message, MessageField};
-use ids::SandboxId;
+use ids::{Namespace, SandboxId};
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::Signal;
@@ -61,6 +61,19 @@ pub(crate) fn delete(args: &ShimArgs, roots: &Roots) -> Result<Vec<u8>, ShimErro
     response
         .write_to_bytes()
         .map_err(|error| ShimError::Output(error.into()))
+}
+
+/// Removes what shims of `namespace` have left that died before containerd knew them: no `delete` comes for those.
+///
+/// Best effort: it is done on the way of another sandbox's `start`, and done again by the next one.
+pub(crate) fn sweep(roots: &Roots, namespace: &Namespace) {
+    for state in StateDir::abandoned(&roots.state, namespace).unwrap_or_default() {
+        if let Ok(Some(left)) = state.take() {
+            // The bundle is gone: the network is one that was recorded, or none.
+            let network = sweep_network(&left, left.dir.path());
+            let _left_for_the_next = remove_sandbox(&left).and(network);
+        }
+    }
 }
 
 /// Does all that can be done, and then says what could not.

@@ -25,6 +25,7 @@ use rustix::process::Pid;
 
 use crate::args::ShimArgs;
 use crate::bootstrap::Request;
+use crate::delete;
 use crate::error::ShimError;
 use crate::handover;
 use crate::host_cgroup;
@@ -72,7 +73,10 @@ pub(crate) fn start(args: &ShimArgs, roots: &Roots, input: &[u8]) -> Result<Vec<
             bundle_dir: &bundle_dir,
             state,
         };
-        leader.start(roots, bundle.as_ref())?
+        let socket = leader.start(roots, bundle.as_ref())?;
+        // Beside the new shim's own work.
+        delete::sweep(roots, &args.namespace);
+        socket
     } else {
         served(&state)?.ok_or(ShimError::NoSandbox(sandbox))?
     };
@@ -146,6 +150,10 @@ impl Leader<'_> {
         // What is recorded is removed, so it is recorded first.
         self.state
             .create()
+            .and_then(|()| {
+                self.state
+                    .record_bundle(&std::path::absolute(self.bundle_dir)?)
+            })
             .and_then(|()| self.state.record_socket(socket))
             .map_err(ShimError::file("make", self.state.path()))?;
         let place = take_place(socket).map_err(ShimError::file("listen on", socket))?;

@@ -5,6 +5,7 @@
 //!
 //! | file | written by | holds |
 //! |---|---|---|
+//! | `bundle` | `start`, first of all | the path of the bundle |
 //! | `socket` | `start`, before it binds | the path of the shim's socket |
 //! | `shim.json` | `serve`, first of all | the shim's process |
 //! | `vmm.json` | `serve`, once there is one | the VMM's process |
@@ -13,6 +14,9 @@
 //!
 //! Each file appears whole or not at all. `delete` moves the directory away before it reads it: a shim that has not
 //! recorded itself by then finds no directory and ends, so none escapes.
+//!
+//! containerd calls no `delete` for a shim that dies before it has connected, and drops the bundle. So a directory whose
+//! shim and bundle are both gone is nobody's: the next `start` removes it ([`StateDir::abandoned`]).
 
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -20,6 +24,7 @@ use std::io::{self, Write};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ids::{Namespace, SandboxId};
 use serde::Serialize;
@@ -28,6 +33,7 @@ use shim_api::{REMOVED, SHIM_FILE as SHIM, SOCKET_FILE as SOCKET, VMM_FILE as VM
 
 use crate::process::ProcessIdentity;
 
+const BUNDLE: &str = "bundle";
 const CGROUPS: &str = "cgroups.json";
 const NETWORK: &str = "network";
 
@@ -74,21 +80,56 @@ impl StateDir {
         create.create(&self.path)
     }
 
+    /// The directories of `namespace` under `root` that no shim, no `start` and no `delete` will come back to.
+    pub(crate) fn abandoned(root: &Path, namespace: &Namespace) -> io::Result<Vec<Self>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir(root.join(namespace.as_str()))? {
+            let name = entry?.file_name();
+            let id = name.to_str().and_then(|name| {
+                name.strip_suffix(REMOVED)
+                    .unwrap_or(name)
+                    .parse::<SandboxId>()
+                    .ok()
+            });
+            let Some(id) = id else { continue };
+            let dir = Self::of(root, namespace, &id);
+            let there = Self {
+                path: root.join(namespace.as_str()).join(&name),
+            };
+            if there.is_abandoned()? && !found.contains(&dir) {
+                found.push(dir);
+            }
+        }
+        Ok(found)
+    }
+
+    /// containerd makes the bundle before it calls `start`, and drops it after `delete`.
+    fn is_abandoned(&self) -> io::Result<bool> {
+        let Some(bundle) = self.recorded_path(BUNDLE)? else {
+            return Ok(false);
+        };
+        if bundle.try_exists()? {
+            return Ok(false);
+        }
+        let shim: Option<ProcessIdentity> = self.recorded(SHIM)?;
+        match shim.map(ProcessIdentity::open).transpose()?.flatten() {
+            // Ended, and not yet reaped.
+            Some(process) => process.wait(Duration::ZERO),
+            None => Ok(true),
+        }
+    }
+
     /// Where the sandbox's shim listens, if that was recorded.
     pub(crate) fn socket(&self) -> io::Result<Option<PathBuf>> {
         self.recorded_path(SOCKET)
     }
 
-    fn recorded_path(&self, name: &str) -> io::Result<Option<PathBuf>> {
-        let bytes = read_if_there(&self.path.join(name))?;
-        Ok(bytes.map(|bytes| PathBuf::from(OsString::from_vec(bytes))))
+    pub(crate) fn record_bundle(&self, bundle: &Path) -> io::Result<()> {
+        self.record_path(BUNDLE, bundle)
     }
 
     pub(crate) fn record_socket(&self, socket: &Path) -> io::Result<()> {
-        write_whole(
-            &self.path.join(SOCKET),
-            socket.as_os_str().as_encoded_bytes(),
-        )
+        self.record_path(SOCKET, socket)
     }
 
     pub(crate) fn record_shim(&self, process: ProcessIdentity) -> io::Result<()> {
@@ -146,6 +187,15 @@ impl StateDir {
             let _in_use = fs::remove_dir(namespace);
         }
         Ok(())
+    }
+
+    fn record_path(&self, name: &str, path: &Path) -> io::Result<()> {
+        write_whole(&self.path.join(name), path.as_os_str().as_encoded_bytes())
+    }
+
+    fn recorded_path(&self, name: &str) -> io::Result<Option<PathBuf>> {
+        let bytes = read_if_there(&self.path.join(name))?;
+        Ok(bytes.map(|bytes| PathBuf::from(OsString::from_vec(bytes))))
     }
 
     fn record(&self, name: &str, value: &impl Serialize) -> io::Result<()> {
@@ -290,6 +340,42 @@ mod tests {
         let dir = dir(root.path());
         fs::write(dir.path().parent().unwrap(), "").unwrap();
         assert!(dir.create().is_err());
+    }
+
+    #[test]
+    fn directory_is_abandoned_when_bundle_and_shim_are_gone() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = dir(root.path());
+        let abandoned = || StateDir::abandoned(root.path(), &"k8s.io".parse().unwrap()).unwrap();
+        dir.create().unwrap();
+        assert_eq!(abandoned(), [], "not even a bundle is known");
+        let bundle = root.path().join("bundle");
+        fs::create_dir(&bundle).unwrap();
+        dir.record_bundle(&bundle).unwrap();
+        dir.record_shim(ProcessIdentity {
+            pid: i32::MAX,
+            start_time: 1,
+        })
+        .unwrap();
+        assert_eq!(abandoned(), [], "containerd still has the bundle");
+        fs::remove_dir(&bundle).unwrap();
+        assert_eq!(abandoned(), std::slice::from_ref(&dir));
+        drop(dir.take().unwrap().unwrap());
+        assert_eq!(
+            abandoned(),
+            std::slice::from_ref(&dir),
+            "a `delete` was killed half way"
+        );
+        dir.create().unwrap();
+        dir.record_bundle(&bundle).unwrap();
+        dir.record_shim(ProcessIdentity::current().unwrap())
+            .unwrap();
+        dir.take().unwrap().unwrap().dir.remove().unwrap();
+        dir.create().unwrap();
+        dir.record_bundle(&bundle).unwrap();
+        dir.record_shim(ProcessIdentity::current().unwrap())
+            .unwrap();
+        assert_eq!(abandoned(), [], "its shim lives");
     }
 
     #[test]

@@ -27,15 +27,17 @@ use crate::{apt, images, kernel, process, workspace};
 
 /// With it, `-C target-feature` leaves build scripts and procedural macros alone, which cannot be static.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-/// Packages whose programs run on a node.
-const HOST_PACKAGES: &[&str] = &["shim", "vmm", "coffer_virtiofsd", "cofferctl"];
-/// The programs in `bin/`.
-const HOST_PROGRAMS: &[&str] = &[
-    "containerd-shim-coffer-v2",
-    "coffer-vmm",
-    "coffer-virtiofsd",
-    "cofferctl",
+/// The programs in `bin/`: profile, package and name of each.
+const HOST_PROGRAMS: &[(&str, &str, &str)] = &[
+    (SMALL, "shim", "containerd-shim-coffer-v2"),
+    (SMALL, "cofferctl", "cofferctl"),
+    (FAST, "vmm", "coffer-vmm"),
+    (FAST, "coffer_virtiofsd", "coffer-virtiofsd"),
 ];
+/// The profile of programs that move bytes.
+const FAST: &str = "release";
+/// The profile of programs whose size counts.
+const SMALL: &str = "small";
 /// Packages whose tests need KVM: they run where it is usable, all others on this machine.
 pub(crate) const KVM_TESTED_PACKAGES: &[&str] = &["kvm_probe", "vmm", "driver_embedded"];
 /// The package, and its test program, that is the end-to-end suite.
@@ -117,14 +119,19 @@ pub(crate) fn bench(dist: &Path) -> Result<()> {
 }
 
 fn build_host_programs(dist: &Path) -> Result<()> {
-    let mut cargo = cargo_static("build");
-    cargo
-        .args(["--release", "--bins"])
-        .args(HOST_PACKAGES.iter().flat_map(|package| ["-p", package]));
-    process::logged(&mut cargo, &workspace::logs().join("programs.log"))?;
-    HOST_PROGRAMS
-        .iter()
-        .try_for_each(|name| install(&built("release", name), &dist.join("bin").join(name)))
+    for profile in [FAST, SMALL] {
+        let programs = HOST_PROGRAMS.iter().filter(|(of, ..)| *of == profile);
+        let mut cargo = cargo_static("build");
+        cargo
+            .args(["--profile", profile, "--bins"])
+            .args(programs.clone().flat_map(|(_, package, _)| ["-p", package]));
+        let log = workspace::logs().join(format!("programs-{profile}.log"));
+        process::logged(&mut cargo, &log)?;
+        for (_, _, name) in programs {
+            install(&built(profile, name), &dist.join("bin").join(name))?;
+        }
+    }
+    Ok(())
 }
 
 fn build_initramfs(dist: &Path) -> Result<()> {
@@ -146,12 +153,12 @@ fn build_initramfs(dist: &Path) -> Result<()> {
 /// When the program does not compile or the file cannot be written.
 pub(crate) fn initramfs(package: &str, program: &str) -> Result<PathBuf> {
     let mut cargo = cargo_static("build");
-    cargo.args(["--profile", "guest", "--bins", "-p", package]);
+    cargo.args(["--profile", SMALL, "--bins", "-p", package]);
     process::logged(
         &mut cargo,
         &workspace::logs().join(format!("{package}.log")),
     )?;
-    let program = built("guest", program);
+    let program = built(SMALL, program);
     let init = fs::read(&program).with_context(|| format!("cannot read {}", program.display()))?;
     let made = workspace::target().join(format!("coffer/initramfs-{package}"));
     let file = File::create(&made).with_context(|| format!("cannot create {}", made.display()))?;

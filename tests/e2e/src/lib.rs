@@ -19,6 +19,7 @@ mod kill;
 mod node;
 mod processes;
 mod scale;
+mod watchdog;
 
 pub use audit::Audit;
 pub use command::{DEADLINE, Output, eventually, run, run_with_input, spawn};

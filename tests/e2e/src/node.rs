@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use crate::audit::Audit;
 use crate::command::{self, DEADLINE};
+use crate::watchdog::Watchdog;
 
 /// Coffer's config file on the node.
 const CONFIG: &str = "/etc/coffer/config.toml";
@@ -22,6 +23,7 @@ pub struct Node {
     test: String,
     before: Audit,
     log_at_start: usize,
+    watchdog: Watchdog,
 }
 
 impl Node {
@@ -39,11 +41,14 @@ impl Node {
             test: test.to_owned(),
             before: Audit::take(),
             log_at_start,
+            watchdog: Watchdog::new(test),
         }
     }
 
     /// Takes the node for a further test without an audit in between: what is made for several tests goes with the last.
     pub fn hand_to(&mut self, test: &str) {
+        assert!(!self.watchdog.call_off(), "{} hung", self.test);
+        self.watchdog = Watchdog::new(test);
         test.clone_into(&mut self.test);
         self.log_at_start = log_len();
     }
@@ -103,10 +108,12 @@ fn keep_folder(from: &Path, to: &Path) {
 
 impl Drop for Node {
     fn drop(&mut self) {
+        let hung = self.watchdog.call_off();
         if std::thread::panicking() {
             self.keep_logs();
             return;
         }
+        assert!(!hung, "{} hung", self.test);
         // What has just been killed may take a moment to go.
         let deadline = Instant::now() + DEADLINE / 3;
         loop {

@@ -324,6 +324,29 @@ fn killed_shim_leaves_nothing_that_delete_does_not_remove() {
     assert_eq!(found, None);
 }
 
+#[test]
+fn shim_killed_before_containerd_knew_it_is_removed_by_the_next_start() {
+    let containerd = Containerd::new();
+    let cgroup = format!("/coffer-sweep-test-{}/c1", std::process::id());
+    let bundle = containerd.bundle("c1", &[], &cgroup);
+    address(&containerd.start("c1", &bundle));
+    let shim = Watched::new(containerd.shim("c1"));
+    shim.signal(Signal::KILL);
+    assert!(shim.ended_within(PATIENCE));
+    // What containerd 1.6 does when it cannot connect: no `delete`.
+    fs::remove_dir_all(&bundle).unwrap();
+
+    let other = containerd.plain_bundle("c2");
+    address(&containerd.start("c2", &other));
+    assert!(containerd.delete("c2", &other).status.success());
+    assert_eq!(containerd.leftovers(), [] as [PathBuf; 0]);
+    let group = cgroup.split('/').nth(1).unwrap();
+    let found = walk(Path::new("/sys/fs/cgroup"), 2)
+        .into_iter()
+        .find(|path| path.ends_with(group));
+    assert_eq!(found, None);
+}
+
 /// The directories below `root`, to `depth`.
 fn walk(root: &Path, depth: usize) -> Vec<PathBuf> {
     let mut found = Vec::new();

@@ -17,9 +17,9 @@ const MAP: &[(&str, &[&str])] = &[
     ("ids", &[]),
     // pure: bytes and values, no I/O
     ("virtio_wire", &["ids"]),
-    ("agent_proto", &["ids"]),
+    ("agent_proto", &["ids", "proto_codegen"]),
     ("pod_spec", &["agent_proto", "ids"]),
-    ("shim_api", &[]),
+    ("shim_api", &["proto_codegen"]),
     ("task_state", &["ids"]),
     // for host and guest: a netlink socket, and both ends of a forwarded connection
     ("route_netlink", &[]),
@@ -70,6 +70,7 @@ const MAP: &[(&str, &[&str])] = &[
             "pod_network",
             "pod_spec",
             "pod_storage",
+            "proto_codegen",
             "sandbox",
             "shim_api",
             "task_state",
@@ -94,6 +95,7 @@ const MAP: &[(&str, &[&str])] = &[
     ),
     ("kernel_selftest", &[]),
     // tools
+    ("proto_codegen", &[]),
     (
         "virtio_testdriver",
         &["ids", "virtio_device", "virtio_wire"],

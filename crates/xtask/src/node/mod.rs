@@ -13,6 +13,7 @@ mod host;
 mod image;
 mod modules;
 mod qemu;
+mod tsc;
 
 use std::fs;
 use std::io::{self, PipeReader, Read, Write};
@@ -172,6 +173,9 @@ fn follow(
         scope.spawn(move || relay(job_out, out));
         scope.spawn(move || relay(job_err, err));
         let ended = watch(&mut running.control, job.machine.limit);
+        if ended.is_err() {
+            ask_where_it_hangs(&mut running.process, &running.control);
+        }
         // Also what ends the two threads above: their pipes have no writer any more.
         stop(&mut running.process);
         ended
@@ -272,6 +276,17 @@ fn readable(pipe: &PipeReader, deadline: Option<Instant>) -> Result<bool> {
             Err(error) => return Err(io::Error::from(error)).context("cannot wait for the node"),
         }
     }
+}
+
+/// Has a nested node's processor show its registers and its kernel panic, which leaves in `monitor.log` and on the console
+/// what it was at.
+fn ask_where_it_hangs(process: &mut Child, control: &PipeReader) {
+    let Some(mut monitor) = process.stdin.take() else {
+        return;
+    };
+    // Best effort: the job has failed already. QEMU ends with its kernel.
+    let _unheard = monitor.write_all(b"info registers\ninfo pic\nnmi\n");
+    let _still_there = readable(control, Some(Instant::now() + STOP_LIMIT));
 }
 
 fn stop(process: &mut Child) {

@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 
-use super::{Image, Job, Running, Work, child};
+use super::{Image, Job, Running, Work, child, tsc};
 use crate::{process, workspace};
 
 /// The size of containerd's disk; sparse.
@@ -20,7 +20,7 @@ const DATA_DISK_BYTES: u64 = 32 << 30;
 
 /// The kernel's parameters. The emulated clock needs no check, the guest no mitigations, and a panic ends QEMU.
 const KERNEL_PARAMETERS: &str = "console=ttyS0 quiet loglevel=4 panic=-1 rdinit=/init mitigations=off nokaslr \
-                                 tsc=reliable no_timer_check random.trust_cpu=on";
+                                 tsc=reliable no_timer_check random.trust_cpu=on unknown_nmi_panic";
 
 /// Starts QEMU. It dies with the calling thread.
 pub(crate) fn start(image: &Image, job: &Job) -> Result<Running> {
@@ -49,7 +49,15 @@ pub(crate) fn start(image: &Image, job: &Job) -> Result<Running> {
         port(&mut qemu, name, end);
     }
     match job.work {
-        Work::Script(_) => qemu.stdin(Stdio::null()),
+        Work::Script(_) => {
+            let log = job.folder.join("monitor.log");
+            let log =
+                File::create(&log).with_context(|| format!("cannot create {}", log.display()))?;
+            qemu.args(["-chardev", "stdio,id=monitor,signal=off"])
+                .args(["-mon", "chardev=monitor"])
+                .stdin(Stdio::piped())
+                .stdout(log)
+        }
         Work::Terminal => qemu
             .args(["-chardev", "stdio,id=terminal,signal=off"])
             .args(["-device", "virtconsole,chardev=terminal"]),
@@ -100,7 +108,11 @@ fn machine(qemu: &mut Command, image: &Image, job: &Job) {
         .arg(&image.kernel)
         .arg("-initrd")
         .arg(&image.initramfs);
-    qemu.args(["-append", KERNEL_PARAMETERS]);
+    let mut parameters = KERNEL_PARAMETERS.to_owned();
+    if !job.machine.count_instructions {
+        parameters.push_str(&format!(" tsc_early_khz={}", tsc::khz()));
+    }
+    qemu.arg("-append").arg(parameters);
     qemu.arg("-serial")
         .arg(joined("file:", &job.folder.join("console.log"), ""));
 }
