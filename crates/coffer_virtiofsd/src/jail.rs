@@ -24,7 +24,7 @@ use crate::ServerError;
 /// First descriptor that is not standard.
 const FIRST_DESCRIPTOR: libc::c_uint = 3;
 /// Every inode that the guest has looked up and not yet forgotten is a descriptor: room for a tree of 250,000 files.
-/// Less where the host's hard limit is lower; the guest then gets ENFILE earlier.
+/// Less where the host's hard limit is lower and may not be raised (CAP_SYS_RESOURCE); the guest then gets ENFILE earlier.
 const MAX_DESCRIPTORS: u64 = 1 << 18;
 /// Where procfs and the new root are mounted for a moment; any folder that every host has.
 const MOUNT_POINT: &str = "/proc";
@@ -117,21 +117,29 @@ fn die_with_the_shim() -> Result<(), ServerError> {
 /// How many descriptors it may have.
 fn limit_resources() -> Result<u64, ServerError> {
     let hard = rustix::process::getrlimit(Resource::Nofile).maximum;
-    let descriptors = hard.map_or(MAX_DESCRIPTORS, |hard| hard.min(MAX_DESCRIPTORS));
+    // Whoever started containerd may have given it few.
+    let descriptors = match limit(Resource::Nofile, MAX_DESCRIPTORS) {
+        Ok(()) => MAX_DESCRIPTORS,
+        Err(_) => hard.map_or(MAX_DESCRIPTORS, |hard| hard.min(MAX_DESCRIPTORS)),
+    };
     let limits = [
         (Resource::Nofile, descriptors),
         (Resource::Core, 0),
         (Resource::Memlock, 0),
         (Resource::Msgqueue, 0),
     ];
-    for (resource, limit) in limits {
-        let limit = Rlimit {
-            current: Some(limit),
-            maximum: Some(limit),
-        };
-        rustix::process::setrlimit(resource, limit).map_err(failed("limit resources"))?;
+    for (resource, most) in limits {
+        limit(resource, most).map_err(failed("limit resources"))?;
     }
     Ok(descriptors)
+}
+
+fn limit(resource: Resource, most: u64) -> rustix::io::Result<()> {
+    let limit = Rlimit {
+        current: Some(most),
+        maximum: Some(most),
+    };
+    rustix::process::setrlimit(resource, limit)
 }
 
 /// `/proc/self/fd` as a mount of its own, so that no `..` leads from it to the rest of procfs: this process is still the
