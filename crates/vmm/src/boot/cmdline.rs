@@ -10,8 +10,7 @@ use crate::{VmmError, layout};
 /// What every guest gets, and why.
 const ARGUMENTS: &[&str] = &[
     "console=hvc0",                              // the virtio console
-    "earlyprintk=serial,0x3f8,115200", // a panic before that console is there; `quiet` keeps all else off it
-    "quiet",                           // each line of boot log is an exit
+    "quiet",                                     // each line of boot log is an exit
     "reboot=t",       // a triple fault ends the VM at once; nothing else is there to ask
     "panic=-1",       // reboot at once, so that a panic ends the VM too
     "acpi=off",       // no tables: the MP table names the CPUs, the next lines the devices
@@ -27,7 +26,11 @@ const ARGUMENTS: &[&str] = &[
     "noreplace-smp", // lock prefixes stay: with one vCPU the kernel would patch all of them away
 ];
 
-/// The command line of a guest with `devices` virtio windows that brings `vcpus` up at boot, `extra` at its end, and a
+/// Shows a panic before the virtio console is there; `quiet` keeps all else off it. Behind the arguments that say how much
+/// is shown, for it shows at once what has been said so far, and the virtio console does not show that again.
+const EARLY_CONSOLE: &str = "earlyprintk=serial,0x3f8,115200";
+
+/// The command line of a guest with `devices` virtio windows that brings `vcpus` up at boot, with `extra` arguments, and a
 /// zero.
 ///
 /// # Errors
@@ -48,6 +51,8 @@ pub fn build(devices: u16, vcpus: VcpuCount, extra: &str) -> Result<Vec<u8>, Vmm
         line.push(' ');
         line.push_str(extra);
     }
+    line.push(' ');
+    line.push_str(EARLY_CONSOLE);
     line.push('\0');
     if line.len() > layout::MAX_COMMAND_LINE_BYTES {
         return Err(VmmError::Config {
@@ -78,7 +83,7 @@ mod tests {
         assert!(line.contains(" virtio_mmio.device=4K@0xd0000000:5:0 "));
         assert!(line.contains(" virtio_mmio.device=4K@0xd0001000:6:1 "));
         assert_eq!(line.matches("virtio_mmio.device=").count(), 2);
-        assert!(line.contains(" maxcpus=1 ") && line.ends_with(" debug\0"));
+        assert!(line.contains(" maxcpus=1 ") && line.contains(" debug earlyprintk="));
     }
 
     #[test]

@@ -108,15 +108,3 @@ fn disk_limit_of_the_node_holds_to_a_tenth() {
     assert_eq!(written.code, 0, "{written:?}");
     assert!(is_rate(BYTES, start.elapsed(), f64::from(4 << 20)));
 }
-
-#[test]
-fn bandwidth_that_is_no_quantity_is_refused_by_name() {
-    let _node = Node::new("bandwidth_that_is_no_quantity_is_refused_by_name");
-    let mut kubelet = Kubelet::new("no-bandwidth");
-    let refused = kubelet.run_pod_with("no-bandwidth", |config| {
-        let key = "kubernetes.io/egress-bandwidth".to_owned();
-        config.annotations.insert(key, "fast".to_owned());
-    });
-    let text = refused.err().unwrap().message().to_owned();
-    assert!(text.contains("kubernetes.io/egress-bandwidth"), "{text}");
-}
