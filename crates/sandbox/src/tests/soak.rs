@@ -6,13 +6,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use driver_fake::{Boot, Script};
 use hypervisor::VmExit;
 use tokio::time::timeout;
 
-use super::pod::{Known, Pod, exec, init};
+use super::pod::{Known, LONG, Pod, exec, init};
 
 /// Marsaglia's xorshift: the runs are the same each time, as far as the threads are.
 struct Random(u64);
@@ -25,9 +24,6 @@ impl Random {
         self.0 % limit
     }
 }
-
-/// A wait in real time that no machine needs.
-const LONG: Duration = Duration::from_secs(5);
 
 const CONTAINERS: [&str; 3] = ["a", "b", "c"];
 
@@ -150,13 +146,7 @@ async fn everything_at_once_with_faults_leaves_nothing() {
         let events = pod.events();
         check(&events);
         exits += events.iter().filter(|e| e.starts_with("exited")).count();
-        // A plan that nobody waits for any more goes on, and is dropped when it is there.
-        let dropped = async {
-            while Arc::strong_count(&pod.host.made) != 1 {
-                tokio::task::yield_now().await;
-            }
-        };
-        timeout(LONG, dropped).await.expect("a plan's guard");
+        pod.plans_are_undone().await;
     }
     assert!(exits > 60, "only {exits} processes came that far");
 }
