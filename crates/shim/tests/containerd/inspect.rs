@@ -128,6 +128,8 @@ mod shells {
     use containerd_shim_protos::api::{DeleteRequest, KillRequest, StartRequest, StateRequest};
     use rustix::fs::{CWD, FileType, Mode, mknodat};
     use shim_api::api::ExecRequest;
+    use tokio::io::AsyncReadExt;
+    use tokio::net::unix::pipe;
     use ttrpc::Code;
 
     use super::*;
@@ -225,10 +227,13 @@ mod shells {
         let shim = Shim::new().await;
         let path = shim.containerd.path("shell-stdout");
         mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
-        let reader = {
-            let path = path.clone();
-            tokio::task::spawn_blocking(move || fs::read(path).unwrap())
-        };
+        // Opened before there is a shell, as cofferctl does: what one that nobody reads has written goes with it.
+        let mut stdout = pipe::OpenOptions::new().open_receiver(&path).unwrap();
+        let reader = tokio::spawn(async move {
+            let mut output = Vec::new();
+            stdout.read_to_end(&mut output).await.unwrap();
+            output
+        });
         let request = ExecRequest {
             stdout: path.to_str().unwrap().to_owned(),
             ..shell(&["print", "0123456789abcdef", "4096"])
