@@ -180,8 +180,14 @@ impl Owner {
                 Some(_) = self.work.join_next() => {}
             }
             if self.closing && self.work.is_empty() && inputs.is_empty() {
-                return;
+                break;
             }
+        }
+        // To the last: what is being sent while the receiver is dropped would stay in the channel, and its caller wait, for as
+        // long as anybody can send.
+        inputs.close();
+        while let Some(late) = inputs.recv().await {
+            drop(late);
         }
     }
 
