@@ -28,6 +28,9 @@ const EMPTY_LIMIT: Duration = Duration::from_millis(500);
 /// How often it looks.
 const EMPTY_POLL: Duration = Duration::from_millis(5);
 
+/// How often a cgroup is made anew when a parent that Coffer has made is removed meanwhile, with the last other pod in it.
+const MAKE_TRIES: u32 = 100;
+
 /// Why a pod could not be put into its cgroup.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CgroupError {
@@ -198,6 +201,22 @@ impl PodCgroup {
     /// # Errors
     /// [`CgroupError::Io`].
     pub(crate) fn join(&self, pid: Pid) -> Result<(), CgroupError> {
+        self.make()?;
+        enter(&self.path(), pid)
+    }
+
+    /// Makes it, with the parents that are missing.
+    fn make(&self) -> Result<(), CgroupError> {
+        for _ in 1..MAKE_TRIES {
+            match self.make_once() {
+                Err(CgroupError::Io { source, .. }) if is_of_removed(&source) => {}
+                done => return done,
+            }
+        }
+        self.make_once()
+    }
+
+    fn make_once(&self) -> Result<(), CgroupError> {
         let mut path = self.hierarchy.mount.clone();
         for part in self.relative.components() {
             let parent = path.clone();
@@ -218,7 +237,7 @@ impl PodCgroup {
                 }
             }
         }
-        enter(&path, pid)
+        Ok(())
     }
 }
 
@@ -237,6 +256,12 @@ fn enable_controllers(cgroup: &Path) {
             let _ = fs::write(&control, format!("+{controller}"));
         }
     }
+}
+
+/// Whether a cgroup is gone: ENODEV is what a file of it that is open says then.
+fn is_of_removed(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
+        || error.raw_os_error() == Some(Errno::NODEV.raw_os_error())
 }
 
 fn enter(cgroup: &Path, pid: Pid) -> Result<(), CgroupError> {
@@ -458,6 +483,24 @@ mod tests {
             assert!(!cgroup.path().parent().unwrap().exists());
         }
         second.wait().unwrap();
+    }
+
+    #[test]
+    fn pods_that_come_and_go_do_not_take_their_parent_from_each_other() {
+        let name = format!("coffer-together-{}", std::process::id());
+        std::thread::scope(|scope| {
+            for pod in 0..4 {
+                let cgroups = plan(&format!("/{name}/p{pod}")).unwrap();
+                scope.spawn(move || {
+                    for cgroup in cgroups.iter().cycle().take(400) {
+                        cgroup.make().unwrap();
+                        remove(&[cgroup.path()]).unwrap();
+                    }
+                });
+            }
+        });
+        let left = |cgroup: &PodCgroup| cgroup.path().exists();
+        assert!(!plan(&format!("/{name}")).unwrap().iter().any(left));
     }
 
     #[test]
