@@ -62,9 +62,17 @@ impl StateDir {
         let mut create = DirBuilder::new();
         create.recursive(true).mode(0o700);
         for _ in 1..CREATE_TRIES {
-            match create.create(&self.path) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                done => return done,
+            let created = create.create(&self.path);
+            // A directory on the way was removed before the next was made in it, or it was there when it was to be made and
+            // gone when `DirBuilder` looked whether it is one.
+            let again = |error: &io::Error| {
+                matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists
+                )
+            };
+            if !created.as_ref().is_err_and(again) {
+                return created;
             }
         }
         create.create(&self.path)
@@ -351,6 +359,14 @@ mod tests {
         dir.record_shim(ProcessIdentity::current().unwrap())
             .unwrap();
         assert_eq!(abandoned(), [], "its shim lives");
+    }
+
+    #[test]
+    fn file_in_the_place_of_the_namespace_is_an_error() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = dir(root.path());
+        fs::write(dir.path().parent().unwrap(), "").unwrap();
+        assert!(dir.create().is_err());
     }
 
     #[test]
