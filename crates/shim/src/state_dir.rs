@@ -379,14 +379,6 @@ mod tests {
     }
 
     #[test]
-    fn file_in_the_place_of_the_namespace_is_an_error() {
-        let root = tempfile::tempdir().unwrap();
-        let dir = dir(root.path());
-        fs::write(dir.path().parent().unwrap(), "").unwrap();
-        assert!(dir.create().is_err());
-    }
-
-    #[test]
     fn half_written_record_is_not_seen() {
         let root = tempfile::tempdir().unwrap();
         let dir = dir(root.path());
