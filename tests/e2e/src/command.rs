@@ -8,9 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long anything may take. Generous: the nested node is slow, twenty VMs at once take minutes there, and other work may
-/// run beside it.
-pub const DEADLINE: Duration = Duration::from_secs(360);
+/// How long anything may take. Generous: the nested node is slow, and other work may run beside it.
+pub const DEADLINE: Duration = Duration::from_secs(180);
 
 /// How often a condition without an event of its own is looked at.
 const POLL: Duration = Duration::from_millis(20);
