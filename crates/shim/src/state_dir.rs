@@ -94,7 +94,8 @@ impl StateDir {
             let there = Self {
                 path: root.join(namespace.as_str()).join(&name),
             };
-            if there.is_abandoned()? && !found.contains(&dir) {
+            // One that cannot be read does not keep the others.
+            if there.is_abandoned().unwrap_or(false) && !found.contains(&dir) {
                 found.push(dir);
             }
         }
@@ -359,6 +360,22 @@ mod tests {
         dir.record_shim(ProcessIdentity::current().unwrap())
             .unwrap();
         assert_eq!(abandoned(), [], "its shim lives");
+    }
+
+    #[test]
+    fn directory_that_cannot_be_read_does_not_keep_the_others() {
+        let root = tempfile::tempdir().unwrap();
+        let namespace = "k8s.io".parse().unwrap();
+        let gone = root.path().join("bundle");
+        for id in ["bad", "old"] {
+            let dir = StateDir::of(root.path(), &namespace, &id.parse().unwrap());
+            dir.create().unwrap();
+            dir.record_bundle(&gone).unwrap();
+        }
+        let bad = StateDir::of(root.path(), &namespace, &"bad".parse().unwrap());
+        fs::write(bad.path().join(SHIM), "no JSON").unwrap();
+        let old = StateDir::of(root.path(), &namespace, &"old".parse().unwrap());
+        assert_eq!(StateDir::abandoned(root.path(), &namespace).unwrap(), [old]);
     }
 
     #[test]
