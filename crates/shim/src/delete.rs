@@ -63,19 +63,29 @@ pub(crate) fn delete(args: &ShimArgs, roots: &Roots) -> Result<Vec<u8>, ShimErro
         .map_err(|error| ShimError::Output(error.into()))
 }
 
-/// Removes what shims of `namespace` have left that died before containerd knew them: no `delete` comes for those.
+/// Removes what `start` and its shim have left that were killed before containerd knew them: no `delete` comes for those.
 ///
-/// Best effort: it is done on the way of another sandbox's `start`, and done again by the next one.
-pub(crate) fn sweep(roots: &Roots, namespace: &Namespace) {
-    for state in StateDir::abandoned(&roots.state, namespace).unwrap_or_default() {
-        if let Ok(Some(left)) = state.take() {
-            let _left_for_the_next = remove_sandbox(&left);
+/// Best effort: what it cannot remove is left for [`sweep`].
+pub(crate) fn abandon(state: &StateDir, network: Option<&Path>, start: ProcessIdentity) {
+    if let Ok(Some(left)) = state.take_of(start) {
+        let _left_for_sweep = remove_sandbox(&left);
+        if let Some(namespace) = network {
+            let _ends_with_the_pod = pod_network::sweep(namespace);
         }
     }
 }
 
+/// Removes what is left in `namespace` by those who were to remove it and were killed too.
+///
+/// Best effort: it is done on the way of another sandbox's `start`, and done again by the next one.
+pub(crate) fn sweep(roots: &Roots, namespace: &Namespace) {
+    for left in StateDir::take_abandoned(&roots.state, namespace).unwrap_or_default() {
+        let _left_for_the_next = remove_sandbox(&left);
+    }
+}
+
 /// Does all that can be done, and then says what could not.
-fn remove_sandbox(left: &Leftovers) -> Result<(), ShimError> {
+pub(crate) fn remove_sandbox(left: &Leftovers) -> Result<(), ShimError> {
     let shim = end(left.shim, Some(TERM_LIMIT));
     let vmm = end(left.vmm, None);
     let cgroups = host_cgroup::remove(&left.cgroups);
@@ -84,12 +94,11 @@ fn remove_sandbox(left: &Leftovers) -> Result<(), ShimError> {
         .as_deref()
         .map(|path| remove_socket(path).map_err(ShimError::file("remove", path)));
     shim.and(vmm)
-        .map_err(ShimError::file("end the processes of", left.dir.path()))?;
+        .map_err(ShimError::file("end the processes of", left.path()))?;
     cgroups?;
     socket.transpose()?;
-    left.dir
-        .remove()
-        .map_err(ShimError::file("remove", left.dir.path()))
+    left.remove()
+        .map_err(ShimError::file("remove", left.path()))
 }
 
 /// Takes from the pod's network namespace what a VM that is gone has left there.

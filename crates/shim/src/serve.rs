@@ -31,6 +31,7 @@ use crate::error::{ShimError, report};
 use crate::handover;
 use crate::host_cgroup;
 use crate::inspect_service::{InspectService, Operator, RecordingSink};
+use crate::keeper::Hold;
 use crate::log;
 use crate::process::ProcessIdentity;
 use crate::publisher::{Patience, Publisher};
@@ -89,13 +90,9 @@ pub struct PodParts {
 
 /// Serves until the sandbox has ended.
 pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(), ShimError> {
-    let listener = handover::take()?;
+    let (listener, hold) = handover::take()?;
     let bundle = bundle(args)?;
     let state = StateDir::of(&roots.state, &args.namespace, &SandboxId::from(&args.id));
-    let Some(listener) = listener else {
-        clean_up(&state)?;
-        return Err(ShimError::StartDied);
-    };
     let config = read_config(args.config.as_deref());
     let operator = Operator::default();
     let level = match &config {
@@ -127,7 +124,7 @@ pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(
             config,
             operator,
         };
-        runtime.block_on(shim.run(listener, node))
+        runtime.block_on(shim.run(listener, hold, node))
     });
     if let Err(error) = &served {
         tracing::error!(error = error as &dyn Error, "the shim ends");
@@ -162,7 +159,12 @@ struct Shim<'a> {
 }
 
 impl Shim<'_> {
-    async fn run(self, listener: UnixListener, node: &dyn Node) -> Result<(), ShimError> {
+    async fn run(
+        self,
+        listener: UnixListener,
+        hold: Hold,
+        node: &dyn Node,
+    ) -> Result<(), ShimError> {
         let signals = Signals::new().map_err(server_error)?;
         detach(&self.state)?;
         let id = SandboxId::from(&self.args.id);
@@ -197,7 +199,8 @@ impl Shim<'_> {
         let mut server = Server::new()
             .add_listener(Listener::try_from(listener).map_err(server_error)?)
             .register_service(
-                TaskService::new(sandbox.clone(), Arc::clone(&self.operator.shells)).services(),
+                TaskService::new(sandbox.clone(), Arc::clone(&self.operator.shells), hold)
+                    .services(),
             )
             .register_service(InspectService::services(sandbox.clone(), self.operator));
         server
@@ -225,9 +228,9 @@ impl Shim<'_> {
     }
 }
 
-/// Removes what the sandbox has on the host beside its processes.
+/// Removes what the sandbox has on the host beside its processes, unless `delete` is about it.
 fn clean_up(state: &StateDir) -> Result<(), ShimError> {
-    let taken = state.take();
+    let taken = state.take_if_free();
     let Some(left) = taken.map_err(ShimError::file("take away", state.path()))? else {
         return Ok(());
     };
@@ -236,8 +239,8 @@ fn clean_up(state: &StateDir) -> Result<(), ShimError> {
     }
     host_cgroup::leave(&left.cgroups)?;
     host_cgroup::remove(&left.cgroups)?;
-    let removed = left.dir.remove();
-    removed.map_err(ShimError::file("remove", left.dir.path()))
+    let removed = left.remove();
+    removed.map_err(ShimError::file("remove", left.path()))
 }
 
 /// Ends a sandbox for which no container has come: a containerd that dies between starting a shim and its first call

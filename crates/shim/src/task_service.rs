@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use containerd_shim_protos::api;
@@ -27,6 +27,7 @@ use ttrpc::asynchronous::{Service, TtrpcContext};
 
 use crate::error::report;
 use crate::events::exited_at;
+use crate::keeper::Hold;
 use crate::metrics;
 use crate::shells::Shells;
 use crate::status::{status, to_status};
@@ -45,12 +46,18 @@ const RESOURCES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/
 pub struct TaskService {
     sandbox: SandboxHandle,
     shells: Arc<Shells>,
+    /// Let go of when containerd has shown that it knows this shim.
+    hold: Arc<Mutex<Option<Hold>>>,
 }
 
 impl TaskService {
     /// The service of `sandbox`, whose debugging shells are `shells`.
-    pub(crate) fn new(sandbox: SandboxHandle, shells: Arc<Shells>) -> Self {
-        Self { sandbox, shells }
+    pub(crate) fn new(sandbox: SandboxHandle, shells: Arc<Shells>, hold: Hold) -> Self {
+        Self {
+            sandbox,
+            shells,
+            hold: Arc::new(Mutex::new(Some(hold))),
+        }
     }
 
     /// The service under both of its names, for a ttrpc server.
@@ -175,6 +182,9 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::CreateTaskRequest,
     ) -> ttrpc::Result<api::CreateTaskResponse> {
+        if let Some(hold) = self.hold.lock().ok().and_then(|mut hold| hold.take()) {
+            hold.let_go();
+        }
         let task = create_request(request)?;
         let pid = self
             .sandbox

@@ -23,7 +23,7 @@ pub use audit::Audit;
 pub use command::{DEADLINE, Output, eventually, run, run_with_input, spawn};
 pub use container::{Container, metrics};
 pub use node::{ConfigChange, Node};
-pub use processes::{children_named, named, parent_of, process_exists};
+pub use processes::{children_named, named, parent_of, process_exists, running};
 
 /// The runtime that `ctr` is told to use.
 pub const RUNTIME: &str = "io.containerd.coffer.v2";

@@ -5,7 +5,7 @@
 
 use e2e::{
     BUSYBOX, Container, Node, RUNTIME, children_named, eventually, named, parent_of,
-    process_exists, run, spawn,
+    process_exists, run, running, spawn,
 };
 use std::io::{BufRead, BufReader};
 use std::sync::{Arc, Mutex};
@@ -162,8 +162,8 @@ fn restart_containerd() {
     });
 }
 
-/// Kills a process of a container that is just being made, at each of several moments of its making.
-fn kill_in_the_middle(test: &str, victim: &str) {
+/// Kills a process of a container that is just being made, at each of several moments of its making. `victims` finds it.
+fn kill_in_the_middle(test: &str, victims: impl Fn() -> Vec<i32>) {
     let node = Node::new(test);
     for moment in 0..6_u32 {
         let id = format!("{test}-{moment}").replace('_', "-");
@@ -180,7 +180,7 @@ fn kill_in_the_middle(test: &str, victim: &str) {
         let mut ctr = spawn("ctr", &arguments);
         let pid = eventually("the victim starts", || {
             // Or the container is up already, on a fast machine.
-            named(victim)
+            victims()
                 .first()
                 .copied()
                 .or_else(|| ctr.try_wait().unwrap().map(|_| 0))
@@ -204,15 +204,23 @@ fn kill_in_the_middle(test: &str, victim: &str) {
 
 #[test]
 fn vmm_killed_while_a_container_is_made() {
-    kill_in_the_middle("vmm_killed_while_a_container_is_made", "coffer-vmm");
+    kill_in_the_middle("vmm_killed_while_a_container_is_made", || {
+        named("coffer-vmm")
+    });
 }
 
 #[test]
 fn shim_killed_while_a_container_is_made() {
-    kill_in_the_middle(
-        "shim_killed_while_a_container_is_made",
-        "containerd-shim-coffer-v2",
-    );
+    kill_in_the_middle("shim_killed_while_a_container_is_made", || {
+        running("containerd-shim-coffer-v2", "serve")
+    });
+}
+
+#[test]
+fn start_killed_while_a_container_is_made() {
+    kill_in_the_middle("start_killed_while_a_container_is_made", || {
+        running("containerd-shim-coffer-v2", "start")
+    });
 }
 
 #[test]
