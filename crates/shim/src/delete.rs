@@ -25,7 +25,6 @@ use crate::host_cgroup;
 use crate::process::ProcessIdentity;
 use crate::run::{Roots, bundle};
 use crate::socket::remove_socket;
-use crate::start::read_bundle;
 use crate::state_dir::{Leftovers, StateDir};
 
 /// How long a shim may take to end its VM and to report the exits. What is left of containerd's 5 s is for the rest.
@@ -48,11 +47,7 @@ pub(crate) fn delete(args: &ShimArgs, roots: &Roots) -> Result<Vec<u8>, ShimErro
         .and_then(|left| left.shim)
         .map_or(0, |shim| shim.pid);
     let removed = left.as_ref().map_or(Ok(()), remove_sandbox);
-    let bundle = bundle(args)?;
-    unmount_all(&bundle.join("rootfs"))?;
-    if let Some(left) = &left {
-        sweep_network(left, &bundle)?;
-    }
+    unmount_all(&bundle(args)?.join("rootfs"))?;
     removed?;
     let mut response = DeleteResponse::new();
     response.pid = u32::try_from(pid).unwrap_or_default();
@@ -63,21 +58,26 @@ pub(crate) fn delete(args: &ShimArgs, roots: &Roots) -> Result<Vec<u8>, ShimErro
         .map_err(|error| ShimError::Output(error.into()))
 }
 
-/// Removes what shims of `namespace` have left that died before containerd knew them: no `delete` comes for those.
+/// Removes what `start` and its shim have left that were killed before containerd knew them: no `delete` comes for those.
+///
+/// Best effort: what it cannot remove is left for [`sweep`].
+pub(crate) fn abandon(state: &StateDir, start: ProcessIdentity) {
+    if let Ok(Some(left)) = state.take_of(start) {
+        let _left_for_sweep = remove_sandbox(&left);
+    }
+}
+
+/// Removes what is left in `namespace` by those who were to remove it and were killed too.
 ///
 /// Best effort: it is done on the way of another sandbox's `start`, and done again by the next one.
 pub(crate) fn sweep(roots: &Roots, namespace: &Namespace) {
-    for state in StateDir::abandoned(&roots.state, namespace).unwrap_or_default() {
-        if let Ok(Some(left)) = state.take() {
-            // The bundle is gone: the network is one that was recorded, or none.
-            let network = sweep_network(&left, left.dir.path());
-            let _left_for_the_next = remove_sandbox(&left).and(network);
-        }
+    for left in StateDir::take_abandoned(&roots.state, namespace).unwrap_or_default() {
+        let _left_for_the_next = remove_sandbox(&left);
     }
 }
 
 /// Does all that can be done, and then says what could not.
-fn remove_sandbox(left: &Leftovers) -> Result<(), ShimError> {
+pub(crate) fn remove_sandbox(left: &Leftovers) -> Result<(), ShimError> {
     let shim = end(left.shim, Some(TERM_LIMIT));
     let vmm = end(left.vmm, None);
     let cgroups = host_cgroup::remove(&left.cgroups);
@@ -85,26 +85,15 @@ fn remove_sandbox(left: &Leftovers) -> Result<(), ShimError> {
         .socket
         .as_deref()
         .map(|path| remove_socket(path).map_err(ShimError::file("remove", path)));
+    // What a VM that is gone has left in the pod's network namespace.
+    let network = left.network.as_deref().map_or(Ok(()), pod_network::sweep);
     shim.and(vmm)
-        .map_err(ShimError::file("end the processes of", left.dir.path()))?;
+        .map_err(ShimError::file("end the processes of", left.path()))?;
     cgroups?;
     socket.transpose()?;
-    left.dir
-        .remove()
-        .map_err(ShimError::file("remove", left.dir.path()))
-}
-
-/// Takes from the pod's network namespace what a VM that is gone has left there.
-fn sweep_network(left: &Leftovers, bundle: &Path) -> Result<(), ShimError> {
-    // A bundle that cannot be read was never joined to anything.
-    let spec = read_bundle(bundle).ok().flatten();
-    let namespace = left
-        .network
-        .as_deref()
-        .or_else(|| spec.as_ref().and_then(|spec| spec.network_namespace()));
-    namespace.map_or(Ok(()), |namespace| {
-        pod_network::sweep(namespace).map_err(ShimError::Network)
-    })
+    left.remove()
+        .map_err(ShimError::file("remove", left.path()))?;
+    network.map_err(ShimError::Network)
 }
 
 /// Ends a process, which may take `grace` to do so by itself.

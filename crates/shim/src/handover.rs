@@ -1,10 +1,11 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! How `start` gives the shim the socket to listen on: over a pair of sockets, one of which is the shim's standard input.
+//! How `start` gives the shim the socket to listen on and a hold on its keeper: over a pair of sockets, one of which is
+//! the shim's standard input.
 //!
 //! The shim is there before anything is made for it, and outlives a `start` that is killed half way: it then sees the end
-//! of the pair in place of a socket, and removes what there is.
+//! of the pair in place of a socket, and ends too.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -18,9 +19,10 @@ use rustix::net::{
 };
 
 use crate::error::ShimError;
+use crate::keeper::Hold;
 
-/// Room for one descriptor in a control message.
-const SPACE: usize = rustix::cmsg_space!(ScmRights(1));
+/// Room for two descriptors in a control message.
+const SPACE: usize = rustix::cmsg_space!(ScmRights(2));
 
 /// The end of `start`, and the shim's.
 pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
@@ -28,11 +30,11 @@ pub(crate) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(family, kind, SocketFlags::CLOEXEC, None)?)
 }
 
-/// Gives the shim its socket.
-pub(crate) fn give(end: &OwnedFd, listener: &UnixListener) -> io::Result<()> {
+/// Gives the shim its socket, and the hold.
+pub(crate) fn give(end: &OwnedFd, listener: &UnixListener, hold: &Hold) -> io::Result<()> {
     let mut space = [MaybeUninit::uninit(); SPACE];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    let descriptors = [listener.as_fd()];
+    let descriptors = [listener.as_fd(), hold.as_fd()];
     control.push(SendAncillaryMessage::ScmRights(&descriptors));
     sendmsg(
         end,
@@ -43,8 +45,8 @@ pub(crate) fn give(end: &OwnedFd, listener: &UnixListener) -> io::Result<()> {
     Ok(())
 }
 
-/// Waits for the socket on standard input, which becomes `/dev/null`. `None` if `start` has died.
-pub(crate) fn take() -> Result<Option<UnixListener>, ShimError> {
+/// Waits for socket and hold on standard input, which becomes `/dev/null`.
+pub(crate) fn take() -> Result<(UnixListener, Hold), ShimError> {
     let mut space = [MaybeUninit::uninit(); SPACE];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0];
@@ -55,11 +57,15 @@ pub(crate) fn take() -> Result<Option<UnixListener>, ShimError> {
         RecvFlags::CMSG_CLOEXEC,
     )
     .map_err(|_| ShimError::NotStarted)?;
-    let listener = control.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
-        _ => None,
+    let mut descriptors = control.drain().flat_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(descriptors) => descriptors.collect(),
+        _ => Vec::new(),
     });
+    let (Some(listener), Some(hold)) = (descriptors.next(), descriptors.next()) else {
+        return Err(ShimError::StartDied);
+    };
+    drop(descriptors);
     let null = File::open("/dev/null").map_err(ShimError::file("open", "/dev/null"))?;
     rustix::stdio::dup2_stdin(&null).map_err(|error| ShimError::Input(error.into()))?;
-    Ok(listener.map(UnixListener::from))
+    Ok((listener.into(), hold.into()))
 }

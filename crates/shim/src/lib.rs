@@ -10,7 +10,7 @@
 //! ```
 //!
 //! This crate alone knows containerd; it keeps no state of tasks, and it names no VMM: that is for `main`.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod args;
 mod bootstrap;
@@ -23,6 +23,7 @@ mod history;
 mod host_cgroup;
 mod info;
 mod inspect_service;
+mod keeper;
 mod log;
 mod metrics;
 mod network;

@@ -36,6 +36,7 @@ use ttrpc::asynchronous::{Service, TtrpcContext};
 use crate::error::{ShimError, report};
 use crate::events::exited_at;
 use crate::host_cgroup;
+use crate::keeper::Hold;
 use crate::metrics;
 use crate::pod_source::{DescribeError, DescribedPod, PodSource};
 use crate::state_dir::StateDir;
@@ -60,6 +61,8 @@ pub(crate) struct SandboxService {
     id: SandboxId,
     source: PodSource,
     state: StateDir,
+    /// Let go of when containerd has shown that it knows this shim.
+    hold: Arc<Hold>,
 }
 
 impl SandboxService {
@@ -69,12 +72,14 @@ impl SandboxService {
         id: SandboxId,
         source: PodSource,
         state: StateDir,
+        hold: Arc<Hold>,
     ) -> HashMap<String, Service> {
         create_sandbox(Arc::new(Self {
             sandbox,
             id,
             source,
             state,
+            hold,
         }))
     }
 
@@ -171,6 +176,7 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: api::CreateSandboxRequest,
     ) -> ttrpc::Result<api::CreateSandboxResponse> {
+        self.hold.let_go();
         let PodSource::Described(cell) = &self.source else {
             let text = format!(
                 "this shim was started for container {}, which describes its pod by itself: start one without a \

@@ -32,6 +32,7 @@ use crate::error::{ShimError, report};
 use crate::handover;
 use crate::host_cgroup;
 use crate::inspect_service::{InspectService, Operator, RecordingSink};
+use crate::keeper::Hold;
 use crate::log;
 use crate::pod_source::PodSource;
 use crate::process::ProcessIdentity;
@@ -94,13 +95,9 @@ pub struct PodParts {
 
 /// Serves until the sandbox has ended.
 pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(), ShimError> {
-    let listener = handover::take()?;
+    let (listener, hold) = handover::take()?;
     let bundle = bundle(args)?;
     let state = StateDir::of(&roots.state, &args.namespace, &SandboxId::from(&args.id));
-    let Some(listener) = listener else {
-        clean_up(&state)?;
-        return Err(ShimError::StartDied);
-    };
     let config = read_config(args.config.as_deref());
     let operator = Operator::default();
     let level = match &config {
@@ -143,7 +140,7 @@ pub(crate) fn serve(args: &ShimArgs, roots: &Roots, node: &dyn Node) -> Result<(
             operator,
             telemetry: telemetry.clone(),
         };
-        runtime.block_on(shim.run(listener, node))
+        runtime.block_on(shim.run(listener, hold, node))
     });
     if let Err(error) = &served {
         tracing::error!(error = error as &dyn Error, "the shim ends");
@@ -190,7 +187,12 @@ struct Shim<'a> {
 }
 
 impl Shim<'_> {
-    async fn run(self, listener: UnixListener, node: &dyn Node) -> Result<(), ShimError> {
+    async fn run(
+        self,
+        listener: UnixListener,
+        hold: Hold,
+        node: &dyn Node,
+    ) -> Result<(), ShimError> {
         let signals = Signals::new().map_err(server_error)?;
         detach(&self.state)?;
         let id = SandboxId::from(&self.args.id);
@@ -244,10 +246,16 @@ impl Shim<'_> {
             telemetry: self.telemetry,
             config_file: self.args.config.clone(),
         });
+        let hold = Arc::new(hold);
         let mut server = Server::new()
             .add_listener(Listener::try_from(listener).map_err(server_error)?)
             .register_service(
-                TaskService::new(sandbox.clone(), Arc::clone(&self.operator.shells), traffic)
+                TaskService::new(
+                    sandbox.clone(),
+                    Arc::clone(&self.operator.shells),
+                    traffic,
+                    Arc::clone(&hold),
+                )
                     .services(),
             )
             .register_service(SandboxService::services(
@@ -255,6 +263,7 @@ impl Shim<'_> {
                 id,
                 source,
                 self.state.clone(),
+                hold,
             ))
             .register_service(InspectService::services(
                 sandbox.clone(),
@@ -296,9 +305,9 @@ fn pod_source(bundle: PathBuf) -> PodSource {
     }
 }
 
-/// Removes what the sandbox has on the host beside its processes.
+/// Removes what the sandbox has on the host beside its processes, unless `delete` is about it.
 fn clean_up(state: &StateDir) -> Result<(), ShimError> {
-    let taken = state.take();
+    let taken = state.take_if_free();
     let Some(left) = taken.map_err(ShimError::file("take away", state.path()))? else {
         return Ok(());
     };
@@ -307,8 +316,8 @@ fn clean_up(state: &StateDir) -> Result<(), ShimError> {
     }
     host_cgroup::leave(&left.cgroups)?;
     host_cgroup::remove(&left.cgroups)?;
-    let removed = left.dir.remove();
-    removed.map_err(ShimError::file("remove", left.dir.path()))
+    let removed = left.remove();
+    removed.map_err(ShimError::file("remove", left.path()))
 }
 
 /// Ends a sandbox for which no container has come: a containerd that dies between starting a shim and its first call

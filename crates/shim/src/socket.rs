@@ -4,17 +4,15 @@
 //! The socket on which a shim serves: where it is, and who gets to listen on it.
 //!
 //! Its name follows from containerd's address, the namespace and the sandbox, so that every `start` of a pod's containers
-//! finds the one shim. Finding out whether somebody listens, and taking the place if nobody does, is one step under a
-//! lock of the directory.
+//! finds the one shim.
 
-use std::fs::{self, DirBuilder, File, Permissions};
+use std::fs::{self, DirBuilder, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use ids::{Namespace, SandboxId};
-use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
 
 /// The longest path of a socket, in bytes: `sun_path` holds 108 with the final zero, and containerd's Go client takes one
@@ -38,20 +36,11 @@ pub(crate) fn socket_address(path: &Path) -> String {
     format!("unix://{}", path.display())
 }
 
-/// Who listens.
-#[derive(Debug)]
-pub(crate) enum Place {
-    /// Another shim does.
-    Taken,
-    /// Nobody did, and now this process does.
-    Free(UnixListener),
-}
-
-/// Takes the place at `path` if nobody listens there; a socket that a dead shim has left is replaced.
+/// Listens at `path`; a socket that a dead shim has left is replaced.
 ///
 /// # Errors
 /// Those of the file system, and [`io::ErrorKind::InvalidInput`] for a path that is too long.
-pub(crate) fn take_place(path: &Path) -> io::Result<Place> {
+pub(crate) fn listen(path: &Path) -> io::Result<UnixListener> {
     if path.as_os_str().len() > MAX_SOCKET_PATH {
         let message = format!(
             "{} is longer than a socket's path can be ({MAX_SOCKET_PATH} bytes)",
@@ -61,15 +50,10 @@ pub(crate) fn take_place(path: &Path) -> io::Result<Place> {
     }
     let dir = path.parent().unwrap_or(Path::new("/"));
     DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    let lock = File::open(dir)?;
-    flock(&lock, FlockOperation::LockExclusive)?;
-    if is_served(path)? {
-        return Ok(Place::Taken);
-    }
     remove_socket(path)?;
     let listener = UnixListener::bind(path)?;
     fs::set_permissions(path, Permissions::from_mode(0o600))?;
-    Ok(Place::Free(listener))
+    Ok(listener)
 }
 
 /// Whether somebody listens at `path`.
@@ -105,8 +89,6 @@ pub(crate) fn remove_socket(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Barrier;
-    use std::thread;
 
     #[test]
     fn path_is_the_digest_that_containerds_own_shims_use() {
@@ -125,54 +107,26 @@ mod tests {
     }
 
     #[test]
-    fn second_taker_finds_the_place_taken() {
+    fn socket_of_a_dead_shim_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s/one");
-        let Place::Free(listener) = take_place(&path).unwrap() else {
-            panic!("taken")
-        };
-        assert!(matches!(take_place(&path).unwrap(), Place::Taken));
+        assert!(!is_served(&path).unwrap());
+        let listener = listen(&path).unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&path), mode(&dir.path().join("s"))), (0o600, 0o700));
+        assert!(is_served(&path).unwrap());
         drop(listener);
-        assert!(matches!(take_place(&path).unwrap(), Place::Free(_)));
-    }
-
-    #[test]
-    fn one_of_many_racing_takers_listens() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("one");
-        drop(take_place(&path).unwrap());
-        let barrier = Barrier::new(8);
-        let places: Vec<Place> = thread::scope(|scope| {
-            let takers: Vec<_> = (0..8)
-                .map(|_| {
-                    scope.spawn(|| {
-                        barrier.wait();
-                        take_place(&path).unwrap()
-                    })
-                })
-                .collect();
-            takers
-                .into_iter()
-                .map(|taker| taker.join().unwrap())
-                .collect()
-        });
-        assert_eq!(
-            places
-                .iter()
-                .filter(|place| matches!(place, Place::Free(_)))
-                .count(),
-            1
-        );
+        assert!(!is_served(&path).unwrap());
+        let _second = listen(&path).unwrap();
+        assert!(is_served(&path).unwrap());
     }
 
     #[test]
     fn path_one_byte_past_the_cap_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let fill = MAX_SOCKET_PATH - dir.path().as_os_str().len() - 1;
-        assert!(take_place(&dir.path().join("x".repeat(fill))).is_ok());
-        let error = take_place(&dir.path().join("x".repeat(fill + 1))).unwrap_err();
+        assert!(listen(&dir.path().join("x".repeat(fill))).is_ok());
+        let error = listen(&dir.path().join("x".repeat(fill + 1))).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     }
 }

@@ -6,15 +6,16 @@
 //! ```text
 //! standard input ─> form of the reply
 //! config.json ───> sandbox ─> socket ─ somebody listens ─> reply
-//!                                └ nobody: `serve`, state directory, socket, cgroup, hand-over ─> reply
+//!                                └ nobody: keeper, `serve`, state directory, socket, cgroup, hand-over ─> reply
 //! ```
 //!
 //! No runtime, no threads: containerd waits for this. Whatever can be known to go wrong is found here, because its text is
-//! what the user sees. On failure nothing is left.
+//! what the user sees. On failure nothing is left: the keeper removes it.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -30,9 +31,11 @@ use crate::error::ShimError;
 use crate::handover;
 use crate::host_cgroup;
 use crate::info::PROGRAM;
+use crate::keeper::{Hold, Keeper};
+use crate::process::ProcessIdentity;
 use crate::run::{Roots, bundle};
-use crate::socket::{Place, is_served, remove_socket, socket_address, socket_path, take_place};
-use crate::state_dir::{StateDir, write_whole};
+use crate::socket::{is_served, listen, socket_address, socket_path};
+use crate::state_dir::{StateDir, StateLock, write_whole};
 
 /// Where containerd's events go (containerd 1.6 and later).
 pub(crate) const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
@@ -126,18 +129,16 @@ impl Leader<'_> {
         if served(&self.state)?.is_some_and(|other| other != socket) {
             return Err(ShimError::OtherContainerd(sandbox));
         }
+        let start = ProcessIdentity::current().map_err(ShimError::Spawn)?;
+        let keeper = Keeper::fork(&self.state, start).map_err(ShimError::Spawn)?;
         let mut shim = self.spawn()?;
-        let made = self.make(&mut shim, &socket, bundle);
-        if let Ok(Made::Shim) = made {
-            return Ok(socket);
+        let made = self.make(&mut shim, &socket, bundle, start, keeper.hold());
+        if !matches!(made, Ok(Made::Shim)) {
+            // Before anything is removed, so that it makes nothing meanwhile.
+            shim.end();
+            keeper.clean_up();
         }
-        // Before anything is removed, so that it does not remove what another `start` makes next.
-        shim.end();
-        if let Err(error) = made {
-            undo(&socket, &self.state);
-            return Err(error);
-        }
-        Ok(socket)
+        made.map(|_| socket)
     }
 
     /// Makes what the shim needs and hands it over, unless another shim listens already.
@@ -146,18 +147,10 @@ impl Leader<'_> {
         shim: &mut NewShim,
         socket: &Path,
         bundle: Option<&Bundle>,
+        start: ProcessIdentity,
+        hold: &Hold,
     ) -> Result<Made, ShimError> {
-        // What is recorded is removed, so it is recorded first.
-        self.state
-            .create()
-            .and_then(|()| {
-                self.state
-                    .record_bundle(&std::path::absolute(self.bundle_dir)?)
-            })
-            .and_then(|()| self.state.record_socket(socket))
-            .map_err(ShimError::file("make", self.state.path()))?;
-        let place = take_place(socket).map_err(ShimError::file("listen on", socket))?;
-        let Place::Free(listener) = place else {
+        let Some(listener) = self.listen(socket, bundle, start)? else {
             return Ok(Made::Nothing);
         };
         let cgroups_path = bundle
@@ -167,8 +160,55 @@ impl Leader<'_> {
             let cgroups = host_cgroup::plan(&path.to_string_lossy())?;
             host_cgroup::enter_all(&cgroups, shim.pid(), &self.state)?;
         }
-        handover::give(&shim.end, &listener).map_err(ShimError::Spawn)?;
+        handover::give(&shim.end, &listener, hold).map_err(ShimError::Spawn)?;
         Ok(Made::Shim)
+    }
+
+    /// Makes state directory and socket, in one step for every other `start`. `None` if somebody listens there.
+    fn listen(
+        &self,
+        socket: &Path,
+        bundle: Option<&Bundle>,
+        start: ProcessIdentity,
+    ) -> Result<Option<UnixListener>, ShimError> {
+        loop {
+            let lock = self
+                .state
+                .lock()
+                .map_err(ShimError::file("lock", self.state.path()))?;
+            if is_served(socket).map_err(ShimError::file("connect to", socket))? {
+                return Ok(None);
+            }
+            if !self.state.is_left() {
+                // What is recorded is removed, so it is recorded first.
+                self.record(&lock, socket, bundle, start)
+                    .map_err(ShimError::file("make", self.state.path()))?;
+                let listener = listen(socket).map_err(ShimError::file("listen on", socket))?;
+                return Ok(Some(listener));
+            }
+            drop(lock);
+            // Of a shim with the same id that was killed.
+            let left = self.state.take();
+            if let Some(left) = left.map_err(ShimError::file("take away", self.state.path()))? {
+                delete::remove_sandbox(&left)?;
+            }
+        }
+    }
+
+    fn record(
+        &self,
+        lock: &StateLock,
+        socket: &Path,
+        bundle: Option<&Bundle>,
+        start: ProcessIdentity,
+    ) -> io::Result<()> {
+        self.state.create(lock, start)?;
+        self.state
+            .record_bundle(&std::path::absolute(self.bundle_dir)?)?;
+        if let Some(network) = bundle.and_then(Bundle::network_namespace) {
+            self.state.record_network(network)?;
+        }
+        self.state.record_socket(socket)
     }
 
     /// Runs this program as the shim, which waits for its socket. Nothing of ours stays open in it.
@@ -234,16 +274,6 @@ impl NewShim {
     fn end(&mut self) {
         // It may have ended by itself.
         let _gone = self.process.kill().and_then(|()| self.process.wait());
-    }
-}
-
-/// Best effort: `delete` does the same again.
-fn undo(socket: &Path, state: &StateDir) {
-    let _left_for_delete = remove_socket(socket);
-    if let Ok(Some(left)) = state.take()
-        && host_cgroup::remove(&left.cgroups).is_ok()
-    {
-        let _left_for_delete = left.dir.remove();
     }
 }
 

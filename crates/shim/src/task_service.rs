@@ -27,6 +27,7 @@ use ttrpc::asynchronous::{Service, TtrpcContext};
 
 use crate::error::report;
 use crate::events::exited_at;
+use crate::keeper::Hold;
 use crate::metrics;
 use crate::shells::Shells;
 use crate::status::{status, to_status};
@@ -47,15 +48,23 @@ pub struct TaskService {
     sandbox: SandboxHandle,
     shells: Arc<Shells>,
     traffic: Arc<PodTraffic>,
+    /// Let go of when containerd has shown that it knows this shim.
+    hold: Arc<Hold>,
 }
 
 impl TaskService {
     /// The service of `sandbox`, whose debugging shells are `shells`, and whose traffic is held to `traffic`.
-    pub(crate) fn new(sandbox: SandboxHandle, shells: Arc<Shells>, traffic: PodTraffic) -> Self {
+    pub(crate) fn new(
+        sandbox: SandboxHandle,
+        shells: Arc<Shells>,
+        traffic: PodTraffic,
+        hold: Arc<Hold>,
+    ) -> Self {
         Self {
             sandbox,
             shells,
             traffic: Arc::new(traffic),
+            hold,
         }
     }
 
@@ -210,6 +219,7 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: api::CreateTaskRequest,
     ) -> ttrpc::Result<api::CreateTaskResponse> {
+        self.hold.let_go();
         let task = create_request(request)?;
         let pid = self
             .sandbox

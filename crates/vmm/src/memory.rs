@@ -120,27 +120,35 @@ fn advise(region: &GuestRegionMmap, advice: libc::c_int) -> Result<(), VmmError>
     }
 }
 
-/// Puts `len` bytes of `file` from `offset` at `address`: whole pages as private mappings where file and memory are
-/// aligned alike, the rest as copies.
+/// Puts `len` bytes of `file` from `offset` at `address`, as a copy: for what the guest is going to write to.
 ///
 /// # Errors
 /// The range is not in guest memory, or the file is shorter.
-pub(crate) fn load_file(
+pub(crate) fn copy_file(
     memory: &GuestMemoryMmap,
     address: GuestAddress,
     file: &File,
     offset: u64,
     len: u64,
 ) -> io::Result<()> {
-    let outside = || io::Error::new(io::ErrorKind::InvalidData, "outside guest memory or file");
+    check_ranges(memory, address, file, offset, len)?;
+    copy(memory, address, file, offset, len)
+}
+
+/// The same, with whole pages as private mappings where file and memory are aligned alike: for what the guest reads.
+///
+/// # Errors
+/// Those of [`copy_file`].
+pub(crate) fn map_file(
+    memory: &GuestMemoryMmap,
+    address: GuestAddress,
+    file: &File,
+    offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    check_ranges(memory, address, file, offset, len)?;
+    let outside = || io::Error::from(io::ErrorKind::InvalidData);
     let file_end = offset.checked_add(len).ok_or_else(outside)?;
-    if file.metadata()?.len() < file_end {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    let bytes = usize::try_from(len).map_err(|_| outside())?;
-    if !GuestMemoryBackend::check_range(memory, address, bytes) {
-        return Err(outside());
-    }
     let first_page = offset
         .checked_next_multiple_of(PAGE_BYTES)
         .ok_or_else(outside)?;
@@ -170,6 +178,26 @@ pub(crate) fn load_file(
         pages_end,
         file_end.saturating_sub(pages_end),
     )
+}
+
+fn check_ranges(
+    memory: &GuestMemoryMmap,
+    address: GuestAddress,
+    file: &File,
+    offset: u64,
+    len: u64,
+) -> io::Result<()> {
+    let outside = || io::Error::new(io::ErrorKind::InvalidData, "outside guest memory or file");
+    let file_end = offset.checked_add(len).ok_or_else(outside)?;
+    if file.metadata()?.len() < file_end {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let bytes = usize::try_from(len).map_err(|_| outside())?;
+    if GuestMemoryBackend::check_range(memory, address, bytes) {
+        Ok(())
+    } else {
+        Err(outside())
+    }
 }
 
 /// Maps the file's bytes `pages` to where they belong if byte `offset` belongs at `address`; false if that cannot be done.
@@ -255,7 +283,7 @@ mod tests {
         fn any_alignment_loads_the_same_bytes(offset in 0u64..9000, at in 0u64..9000, len in 0u64..20000) {
             let memory = map_ram(&layout::ram_blocks(Mib(1))).unwrap();
             let (file, content) = file(40000);
-            load_file(&memory, GuestAddress(0x4000 + at), &file, offset, len).unwrap();
+            map_file(&memory, GuestAddress(0x4000 + at), &file, offset, len).unwrap();
             let mut loaded = vec![0xff; usize::try_from(len).unwrap() + 1];
             memory.read_slice(&mut loaded, GuestAddress(0x4000 + at)).unwrap();
             let start = usize::try_from(offset).unwrap();
@@ -268,7 +296,7 @@ mod tests {
     fn guest_writes_do_not_reach_the_file() {
         let memory = map_ram(&layout::ram_blocks(Mib(1))).unwrap();
         let (file, content) = file(8192);
-        load_file(&memory, GuestAddress(0), &file, 0, 8192).unwrap();
+        map_file(&memory, GuestAddress(0), &file, 0, 8192).unwrap();
         memory.write_slice(&[0xee; 8192], GuestAddress(0)).unwrap();
         let mut back = vec![0; 8192];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut back, 0).unwrap();
@@ -279,8 +307,8 @@ mod tests {
     fn short_file_and_small_memory_are_errors() {
         let memory = map_ram(&layout::ram_blocks(Mib(1))).unwrap();
         let (file, _) = file(100);
-        assert!(load_file(&memory, GuestAddress(0), &file, 0, 101).is_err());
-        assert!(load_file(&memory, GuestAddress((1 << 20) - 99), &file, 0, 100).is_err());
-        assert!(load_file(&memory, GuestAddress(0), &file, u64::MAX, 100).is_err());
+        assert!(map_file(&memory, GuestAddress(0), &file, 0, 101).is_err());
+        assert!(map_file(&memory, GuestAddress((1 << 20) - 99), &file, 0, 100).is_err());
+        assert!(map_file(&memory, GuestAddress(0), &file, u64::MAX, 100).is_err());
     }
 }

@@ -3,7 +3,7 @@
 
 //! Guest memory that was private becomes shared with another process, while the guest is stopped.
 //!
-//! Guest memory starts private: kernel and initramfs are mapped from the node's page cache, and untouched pages cost
+//! Guest memory starts private: the kernel is mapped from the node's page cache, and untouched pages cost
 //! nothing. A file server must map it, so it moves into a file (a memfd) once there is one, piece by piece: what the guest
 //! has is copied, then the file is mapped over the piece. Addresses stay, so KVM, the devices and their rings see no
 //! difference; KVM drops its translations by itself as mappings change.
@@ -202,7 +202,7 @@ mod tests {
 
     use super::*;
     use crate::layout;
-    use crate::memory::{load_file, map_ram};
+    use crate::memory::{map_file, map_ram};
 
     fn memfd(len: u64) -> File {
         let file = File::from(memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
@@ -220,7 +220,7 @@ mod tests {
             start: 0x10_0000,
             len: 9000,
         };
-        load_file(&memory, GuestAddress(from_file.start), &image, 0, 9000).unwrap();
+        map_file(&memory, GuestAddress(from_file.start), &image, 0, 9000).unwrap();
         for address in [0, 0x5000, (32 << 20) - 2, 71 << 20, (72 << 20) - 4] {
             memory.write_slice(b"here", GuestAddress(address)).unwrap();
         }

@@ -8,9 +8,11 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long anything may take. Generous: the nested node is slow, twenty VMs at once take minutes there, and other work may
-/// run beside it.
-pub const DEADLINE: Duration = Duration::from_secs(360);
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+/// How long anything may take. Generous: the nested node is slow, and other work may run beside it.
+pub const DEADLINE: Duration = Duration::from_secs(180);
 
 /// How often a condition without an event of its own is looked at.
 const POLL: Duration = Duration::from_millis(20);
@@ -91,19 +93,16 @@ pub fn run_with_input(program: &str, arguments: &[&str], input: &[u8]) -> Output
 /// If it is not done in time; it is killed then.
 pub(crate) fn wait(child: &mut Child, what: &str) -> i32 {
     use std::os::unix::process::ExitStatusExt;
-    let deadline = Instant::now() + DEADLINE;
-    loop {
-        if let Some(status) = child.try_wait().expect("wait for a child") {
-            return status
-                .code()
-                .unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
-        }
-        if Instant::now() > deadline {
-            child.kill().expect("kill a child");
-            panic!("{what} took longer than {DEADLINE:?}");
-        }
-        thread::sleep(POLL);
+    let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).expect("open a pidfd");
+    let mut ended = [PollFd::new(&pidfd, PollFlags::IN)];
+    let limit = Timespec::try_from(DEADLINE).expect("a timespec");
+    if poll(&mut ended, Some(&limit)).expect("wait for a child") == 0 {
+        child.kill().expect("kill a child");
+        panic!("{what} took longer than {DEADLINE:?}");
     }
+    let status = child.wait().expect("the status of a child");
+    let code = status.code();
+    code.unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
 /// Waits until `condition` gives a value.

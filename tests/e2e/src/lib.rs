@@ -26,7 +26,7 @@ pub use command::{DEADLINE, Output, eventually, run, run_with_input, spawn};
 pub use container::{Container, metrics};
 pub use kill::{ContainerdDown, kill_9};
 pub use node::{ConfigChange, Node};
-pub use processes::{children_named, named, parent_of, process_exists};
+pub use processes::{children_named, named, parent_of, process_exists, running};
 pub use scale::{Random, count};
 
 /// The runtime that `ctr` is told to use.

@@ -115,7 +115,7 @@ impl Drop for Node {
         }
         assert!(!hung, "{} hung", self.test);
         // What has just been killed may take a moment to go.
-        let deadline = Instant::now() + DEADLINE / 6;
+        let deadline = Instant::now() + DEADLINE / 3;
         loop {
             let left = Audit::take().left_since(&self.before);
             if left.is_empty() {

@@ -46,7 +46,16 @@ pub fn named(name: &str) -> Vec<i32> {
         .collect()
 }
 
-/// The same, among the children of `parent`.
+/// The same, of those that were called with `verb` as their last argument.
+pub fn running(name: &str, verb: &str) -> Vec<i32> {
+    let verb = format!("\0{verb}\0");
+    let is_called = |id: &i32| {
+        fs::read(format!("/proc/{id}/cmdline")).is_ok_and(|line| line.ends_with(verb.as_bytes()))
+    };
+    named(name).into_iter().filter(is_called).collect()
+}
+
+/// The same as [`named`], among the children of `parent`.
 pub fn children_named(parent: i32, name: &str) -> Vec<i32> {
     let short: String = name.chars().take(15).collect();
     let is_child = |process: &Process| process.parent == parent && process.name == short;

@@ -3,16 +3,18 @@
 
 //! The shim's verbs as containerd runs them, as processes of their own.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::support::{Containerd, PATIENCE, Watched, address, client, complaint, options, words};
+use crate::support::{
+    Containerd, PATIENCE, Watched, address, client, complaint, eventually, options, words,
+};
 use containerd_shim_protos::api;
 use containerd_shim_protos::bootstrap_api::BootstrapResult;
 use containerd_shim_protos::protobuf::Message;
-use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::fs::{CWD, FileType, FlockOperation, Mode, flock, mknodat};
 use rustix::mount::{MountFlags, mount};
 use rustix::process::Signal;
 use ttrpc::context::with_duration;
@@ -296,9 +298,10 @@ fn killed_shim_leaves_nothing_that_delete_does_not_remove() {
     )
     .unwrap();
 
-    let shim = Watched::new(pid);
-    shim.signal(Signal::KILL);
-    assert!(shim.ended_within(PATIENCE));
+    for process in containerd.processes("c1") {
+        process.signal(Signal::KILL);
+        assert!(process.ended_within(PATIENCE));
+    }
     for _ in 0..2 {
         let began = Instant::now();
         let deleted = containerd.delete("c1", &bundle);
@@ -317,34 +320,79 @@ fn killed_shim_leaves_nothing_that_delete_does_not_remove() {
             .unwrap()
             .contains(bundle.to_str().unwrap())
     );
-    let group = cgroup.split('/').nth(1).unwrap();
-    let found = walk(Path::new("/sys/fs/cgroup"), 2)
-        .into_iter()
-        .find(|path| path.ends_with(group));
-    assert_eq!(found, None);
+    assert!(!cgroup_exists(&cgroup));
 }
 
 #[test]
-fn shim_killed_before_containerd_knew_it_is_removed_by_the_next_start() {
+fn shim_killed_before_containerd_knew_it_leaves_nothing() {
+    let containerd = Containerd::new();
+    let cgroup = format!("/coffer-keeper-test-{}/c1", std::process::id());
+    let bundle = containerd.bundle("c1", &[], &cgroup);
+    for _ in 0..2 {
+        address(&containerd.start("c1", &bundle));
+        let shim = Watched::new(containerd.shim("c1"));
+        shim.signal(Signal::KILL);
+        // What containerd 1.6 does when it cannot connect: nothing, not even `delete`.
+        eventually("the keeper has cleaned up", || {
+            (containerd.leftovers().is_empty() && !cgroup_exists(&cgroup)).then_some(())
+        });
+    }
+}
+
+#[test]
+fn start_killed_half_way_leaves_nothing() {
+    let containerd = Containerd::new();
+    let bundle = containerd.plain_bundle("c1");
+    fs::create_dir(containerd.path("state")).unwrap();
+    // `start` waits for it, with keeper and shim at its side.
+    let lock = File::open(containerd.path("state")).unwrap();
+    flock(&lock, FlockOperation::LockExclusive).unwrap();
+    let mut start = containerd.start_in_background("c1", &bundle);
+    let family = eventually("keeper and shim", || {
+        let family = containerd.processes("c1");
+        (family.len() == 3).then_some(family)
+    });
+    start.kill().unwrap();
+    start.wait().unwrap();
+    drop(lock);
+    for process in family {
+        assert!(process.ended_within(PATIENCE));
+    }
+    assert_eq!(containerd.leftovers(), [] as [PathBuf; 0]);
+}
+
+#[test]
+fn what_a_killed_keeper_has_left_is_removed_by_the_next_start() {
     let containerd = Containerd::new();
     let cgroup = format!("/coffer-sweep-test-{}/c1", std::process::id());
     let bundle = containerd.bundle("c1", &[], &cgroup);
     address(&containerd.start("c1", &bundle));
-    let shim = Watched::new(containerd.shim("c1"));
-    shim.signal(Signal::KILL);
-    assert!(shim.ended_within(PATIENCE));
-    // What containerd 1.6 does when it cannot connect: no `delete`.
+    containerd.shim("c1");
+    let family = containerd.processes("c1");
+    assert_eq!(family.len(), 2, "keeper and shim");
+    for process in &family {
+        process.signal(Signal::STOP);
+    }
+    for process in &family {
+        process.signal(Signal::KILL);
+        assert!(process.ended_within(PATIENCE));
+    }
     fs::remove_dir_all(&bundle).unwrap();
+    assert!(!containerd.leftovers().is_empty());
 
     let other = containerd.plain_bundle("c2");
     address(&containerd.start("c2", &other));
     assert!(containerd.delete("c2", &other).status.success());
     assert_eq!(containerd.leftovers(), [] as [PathBuf; 0]);
+    assert!(!cgroup_exists(&cgroup));
+}
+
+/// Whether any hierarchy has the first part of `cgroup`.
+fn cgroup_exists(cgroup: &str) -> bool {
     let group = cgroup.split('/').nth(1).unwrap();
-    let found = walk(Path::new("/sys/fs/cgroup"), 2)
-        .into_iter()
-        .find(|path| path.ends_with(group));
-    assert_eq!(found, None);
+    walk(Path::new("/sys/fs/cgroup"), 2)
+        .iter()
+        .any(|path| path.ends_with(group))
 }
 
 /// The directories below `root`, to `depth`.

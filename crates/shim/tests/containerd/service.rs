@@ -22,7 +22,7 @@ use ttrpc::Code;
 use ttrpc::asynchronous::Server;
 use ttrpc::context::{Context, with_duration};
 
-use crate::support::{Containerd, NAMESPACE, PATIENCE, Watched, address, client};
+use crate::support::{Containerd, NAMESPACE, PATIENCE, Watched, address, client, eventually};
 
 /// A pod under a containerd that takes its events.
 struct Pod {
@@ -217,6 +217,16 @@ fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> Code {
         Err(ttrpc::Error::RpcStatus(status)) => status.code(),
         other => panic!("{other:?}"),
     }
+}
+
+#[tokio::test]
+async fn first_create_lets_the_keeper_go() {
+    let pod = Pod::of(&["sleep"]).await;
+    assert_eq!(pod.containerd.processes("c1").len(), 2);
+    pod.create().await.unwrap();
+    eventually("the shim is alone", || {
+        (pod.containerd.processes("c1").len() == 1).then_some(())
+    });
 }
 
 #[tokio::test]

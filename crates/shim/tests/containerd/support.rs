@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -121,6 +121,32 @@ impl Containerd {
             self.command(id, bundle, &[], "start"),
             &options("runtimeoptions.v1.Options", config.to_str().unwrap()),
         )
+    }
+
+    /// `start`, not waited for.
+    pub(crate) fn start_in_background(&self, id: &str, bundle: &Path) -> Child {
+        let mut command = self.command(id, bundle, &[], "start");
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.spawn().unwrap()
+    }
+
+    /// The processes of sandbox `id`: `start` and shim, and the keeper.
+    pub(crate) fn processes(&self, id: &str) -> Vec<Watched> {
+        let own = [self.path("containerd.sock").into_os_string(), id.into()];
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+            if own
+                .iter()
+                .all(|own| words.contains(&own.as_encoded_bytes()))
+            {
+                found.extend(Pid::from_raw(
+                    entry.file_name().to_str().unwrap().parse().unwrap(),
+                ));
+            }
+        }
+        found.into_iter().map(Watched::new).collect()
     }
 
     /// `start` with another standard input.

@@ -20,6 +20,7 @@ const MAGIC: [u8; 6] = [0x7f, b'E', b'L', b'F', 2, 1]; // 64-bit, little-endian
 const MACHINE_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
+const PF_W: u32 = 2;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`.
 const NOTE_PHYS32_ENTRY: u32 = 18;
 
@@ -47,6 +48,8 @@ pub enum Segment {
         file_bytes: u64,
         /// How many bytes it takes in memory, zeros at the end.
         memory_bytes: u64,
+        /// Whether the kernel writes to it as it is; it patches the rest too, but not every page.
+        writable: bool,
     },
     /// Notes to search for the PVH entry.
     Note {
@@ -108,6 +111,7 @@ pub fn parse_program_header(bytes: &[u8]) -> Option<Segment> {
             address: u64_at(bytes, 24)?,
             file_bytes,
             memory_bytes: u64_at(bytes, 40)?,
+            writable: u32_at(bytes, 4)? & PF_W != 0,
         }),
         PT_NOTE => Some(Segment::Note {
             offset,
@@ -167,7 +171,8 @@ mod tests {
                 offset: 0x1000,
                 address: 0x10_0000,
                 file_bytes: 1,
-                memory_bytes: 0x101
+                memory_bytes: 0x101,
+                writable: false,
             })
         );
         assert_eq!(

@@ -4,8 +4,9 @@
 //! From a kernel and an initramfs to a guest whose boot processor can start.
 //!
 //! Two protocols: PVH (32-bit, start info) and Linux's 64-bit entry (zero page). PVH is taken if the kernel has it.
-//! Whole pages of kernel and initramfs are mapped privately from their files, not copied: what the guest does not
-//! change is shared with the host's page cache and with every other VM.
+//! What the kernel does not write to is mapped privately from its file, whole pages of it: it is shared with the host's
+//! page cache and with every other VM. Its writable segments and the initramfs, which it overwrites when it frees it, are
+//! copied: a page that is read from a mapping and then written to is three exits and a copy, with the guest waiting.
 
 pub mod cmdline;
 pub mod elf;
@@ -22,7 +23,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::VmmError;
 use crate::layout::{self, RamBlock};
-use crate::memory::load_file;
+use crate::memory::{copy_file, map_file};
 
 /// Where the boot processor starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,7 +83,6 @@ pub fn load(
         command_line_bytes: u32::try_from(source.command_line.len()).unwrap_or(0),
     };
     write_tables(memory, source, entry, &info).map_err(|_| too_large("the boot data", blocks))?;
-    from_files.extend(info.initramfs);
     Ok((entry, from_files))
 }
 
@@ -144,13 +144,16 @@ fn load_kernel(
                 segment @ elf::Segment::Load {
                     address,
                     file_bytes,
+                    writable,
                     ..
                 },
             ) => {
-                from_files.push(RamBlock {
-                    start: address,
-                    len: file_bytes,
-                });
+                if !writable {
+                    from_files.push(RamBlock {
+                        start: address,
+                        len: file_bytes,
+                    });
+                }
                 kernel_end = load_segment(memory, blocks, source.kernel, segment)?.max(kernel_end);
             }
             Some(elf::Segment::Note { offset, bytes }) => {
@@ -189,6 +192,7 @@ fn load_segment(
         address,
         file_bytes,
         memory_bytes,
+        writable,
     } = segment
     else {
         return Ok(0);
@@ -206,7 +210,8 @@ fn load_segment(
         .checked_add(memory_bytes)
         .filter(|end| *end <= low_end)
         .ok_or_else(|| too_large("the guest kernel", blocks))?;
-    load_file(memory, GuestAddress(address), file, offset, file_bytes).map_err(|source| {
+    let load = if writable { copy_file } else { map_file };
+    load(memory, GuestAddress(address), file, offset, file_bytes).map_err(|source| {
         VmmError::Artifact {
             operation: "load the guest kernel",
             source,
@@ -237,6 +242,6 @@ fn load_initramfs(
         .map(|start| start & !(layout::PAGE_BYTES - 1))
         .filter(|start| *start >= kernel_end)
         .ok_or_else(|| too_large("the initramfs", blocks))?;
-    load_file(memory, GuestAddress(start), file, 0, len).map_err(failed)?;
+    copy_file(memory, GuestAddress(start), file, 0, len).map_err(failed)?;
     Ok(Some(RamBlock { start, len }))
 }

@@ -5,7 +5,7 @@
 
 use e2e::{
     BUSYBOX, Container, ContainerdDown, Node, RUNTIME, children_named, eventually, kill_9, named,
-    parent_of, process_exists, run, spawn,
+    parent_of, process_exists, run, running, spawn,
 };
 use std::io::{BufRead, BufReader};
 use std::sync::{Arc, Mutex};
@@ -121,8 +121,8 @@ fn exit_while_containerd_is_down_is_told_afterwards() {
     assert_eq!(container.delete_task(), 137);
 }
 
-/// Kills a process of a container that is just being made, at each of several moments of its making.
-fn kill_in_the_middle(test: &str, victim: &str) {
+/// Kills a process of a container that is just being made, at each of several moments of its making. `victims` finds it.
+fn kill_in_the_middle(test: &str, victims: impl Fn() -> Vec<i32>) {
     let node = Node::new(test);
     for moment in 0..6_u32 {
         let id = format!("{test}-{moment}").replace('_', "-");
@@ -139,7 +139,7 @@ fn kill_in_the_middle(test: &str, victim: &str) {
         let mut ctr = spawn("ctr", &arguments);
         let pid = eventually("the victim starts", || {
             // Or the container is up already, on a fast machine.
-            named(victim)
+            victims()
                 .first()
                 .copied()
                 .or_else(|| ctr.try_wait().unwrap().map(|_| 0))
@@ -159,21 +159,27 @@ fn kill_in_the_middle(test: &str, victim: &str) {
         let listed = run("ctr", &["container", "ls", "-q"]).stdout;
         assert!(!listed.contains(&id), "{listed}\n{}", node.log());
     }
-    // A shim that containerd never knew is cleaned up after by the next one to start.
-    Container::run(&test.replace('_', "-"), &["true"]).success();
 }
 
 #[test]
 fn vmm_killed_while_a_container_is_made() {
-    kill_in_the_middle("vmm_killed_while_a_container_is_made", "coffer-vmm");
+    kill_in_the_middle("vmm_killed_while_a_container_is_made", || {
+        named("coffer-vmm")
+    });
 }
 
 #[test]
 fn shim_killed_while_a_container_is_made() {
-    kill_in_the_middle(
-        "shim_killed_while_a_container_is_made",
-        "containerd-shim-coffer-v2",
-    );
+    kill_in_the_middle("shim_killed_while_a_container_is_made", || {
+        running("containerd-shim-coffer-v2", "serve")
+    });
+}
+
+#[test]
+fn start_killed_while_a_container_is_made() {
+    kill_in_the_middle("start_killed_while_a_container_is_made", || {
+        running("containerd-shim-coffer-v2", "start")
+    });
 }
 
 #[test]
