@@ -228,6 +228,8 @@ fn guard(
     drop(command);
     match spawned {
         Ok((mut child, pidfd)) => {
+            // The shim's own value, which it inherits, spares it from the OOM killer. What it caches may be the pod's most.
+            let _gone = std::fs::write(format!("/proc/{}/oom_score_adj", child.id()), "0");
             if process.send(Ok((child.id(), pidfd))).is_err() {
                 let _ = child.kill(); // the spawn was given up
             }

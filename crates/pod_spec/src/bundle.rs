@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
-use ids::{Bytes, ContainerId, SandboxId};
+use ids::{Bytes, ContainerId, Mib, SandboxId};
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
 use crate::annotations::Overrides;
@@ -16,7 +16,7 @@ use crate::description;
 use crate::error::SpecError;
 use crate::host_folders::HostFolder;
 use crate::host_mounts::HostMounts;
-use crate::sizing::{Limits, PodSize, VmSize};
+use crate::sizing::{Limits, PodSize};
 use crate::volumes::{EmptyDir, LiveVolume, WriteBack};
 use crate::{mounts, namespaces, refusals, translate};
 
@@ -228,14 +228,14 @@ impl Bundle {
             .unwrap_or(false)
     }
 
-    /// The VM of the pod whose first container this is, on a node of this size, with what [`Self::overrides`] says.
+    /// The VM of the pod whose first container this is, on a node with so much memory, with what [`Self::overrides`] says.
     ///
     /// # Errors
     /// [`SpecError::HostNamespace`], [`SpecError::Unsupported`], [`SpecError::TooLarge`] or [`SpecError::Annotation`].
     pub fn pod(
         &self,
         guest: &Guest,
-        node: VmSize,
+        node_memory: Mib,
         overrides: &Overrides,
     ) -> Result<PodSpec, SpecError> {
         refusals::check(&self.spec)?;
@@ -260,7 +260,7 @@ impl Bundle {
             sysctls.insert("kernel.domainname".to_owned(), name.clone());
         }
         Ok(PodSpec {
-            size: limits.pod_size(guest, node, overrides)?,
+            size: limits.pod_size(guest, node_memory, overrides)?,
             hostname: self.spec.hostname().clone().filter(|name| !name.is_empty()),
             sysctls,
             shm: PodSpec::DEFAULT_SHM,
@@ -344,14 +344,11 @@ fn role(spec: &Spec) -> Result<Role, SpecError> {
 
 #[cfg(test)]
 mod tests {
-    use ids::{Mib, VcpuCount};
+    use ids::Mib;
 
     use super::*;
 
-    const NODE: VmSize = VmSize {
-        vcpus: VcpuCount::ONE,
-        memory: Mib(1024),
-    };
+    const NODE: Mib = Mib(1024);
 
     fn bundle(annotations: &str) -> Result<Bundle, SpecError> {
         Bundle::parse(

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use ids::Bytes;
+use ids::{Bytes, Mib};
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Mount};
 
 use crate::annotations::Overrides;
@@ -14,7 +14,7 @@ use crate::bundle::PodSpec;
 use crate::config::{Guest, HostNamespaces};
 use crate::error::SpecError;
 use crate::refusals;
-use crate::sizing::{Limits, VmSize};
+use crate::sizing::Limits;
 
 /// Where a container finds the pod's shared memory.
 const SHARED_MEMORY: &str = "/dev/shm";
@@ -43,14 +43,14 @@ pub struct PodDescription {
 }
 
 impl PodDescription {
-    /// The VM of the pod on a node of this size, with what its annotations change.
+    /// The VM of the pod on a node with so much memory, with what its annotations change.
     ///
     /// # Errors
     /// [`SpecError::HostNamespace`], [`SpecError::Unsupported`], [`SpecError::TooLarge`] or [`SpecError::Annotation`].
     pub fn pod(
         &self,
         guest: &Guest,
-        node: VmSize,
+        node_memory: Mib,
         overrides: &Overrides,
     ) -> Result<PodSpec, SpecError> {
         let refused = guest.host_namespaces == HostNamespaces::Refused;
@@ -72,7 +72,7 @@ impl PodDescription {
             self.huge_pages,
         );
         Ok(PodSpec {
-            size: limits.pod_size(guest, node, overrides)?,
+            size: limits.pod_size(guest, node_memory, overrides)?,
             hostname: Some(self.hostname.clone()).filter(|name| !name.is_empty()),
             sysctls: self.sysctls.clone(),
             shm: PodSpec::DEFAULT_SHM,
@@ -120,7 +120,7 @@ fn bind(destination: &str, source: &Path) -> Mount {
 
 #[cfg(test)]
 mod tests {
-    use ids::{Mib, VcpuCount};
+    use ids::Mib;
 
     use super::*;
     use crate::{Bundle, HostMounts, RuntimeConfig};
@@ -130,11 +130,7 @@ mod tests {
     }
 
     fn pod(description: &PodDescription, guest: &Guest) -> Result<PodSpec, SpecError> {
-        let node = VmSize {
-            vcpus: VcpuCount::ONE,
-            memory: Mib(1024),
-        };
-        description.pod(guest, node, &Overrides::default())
+        description.pod(guest, Mib(1024), &Overrides::default())
     }
 
     #[test]

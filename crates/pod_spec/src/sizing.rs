@@ -110,20 +110,20 @@ impl Limits {
         }
     }
 
-    /// The VM for these limits on a node of this size, and what it can become. Where the pod's annotations say something,
-    /// no limit makes it larger.
+    /// The VM for these limits, and what it can become on a node with so much memory. Where the pod's annotations say
+    /// something, no limit makes it larger.
     pub(crate) fn pod_size(
         self,
         guest: &Guest,
-        node: VmSize,
+        node_memory: Mib,
         overrides: &Overrides,
     ) -> Result<PodSize, SpecError> {
         let started_with = self.vm_size(guest, overrides)?;
         let spare = guest.spare_vcpus;
         let vcpus = VcpuCount::new(started_with.vcpus.get().saturating_add(spare));
         let vcpus = vcpus.unwrap_or(started_with.vcpus).min(guest.max_vcpus);
-        let vcpus = vcpus.min(node.vcpus).max(started_with.vcpus);
-        let memory = guest.max_memory.min(node.memory).max(started_with.memory);
+        let memory = guest.max_memory.min(node_memory);
+        let memory = memory.max(started_with.memory);
         Ok(PodSize {
             started_with,
             largest: VmSize {
@@ -272,30 +272,30 @@ mod tests {
             vcpus: VcpuCount::new(vcpus).unwrap(),
             memory: Mib(memory),
         };
-        let none = Overrides::default();
-        let largest = |node| {
-            let size = Limits::default().pod_size(&guest(), node, &none);
+        let (none, lots) = (Overrides::default(), Mib(1 << 20));
+        let largest = |memory| {
+            let size = Limits::default().pod_size(&guest(), memory, &none);
             size.unwrap().largest
         };
-        assert_eq!(largest(size(2, 2048)), size(2, 2048));
+        let spare = guest().spare_vcpus;
+        assert_eq!(largest(Mib(2048)), size(1 + spare, 2048));
         assert_eq!(
-            largest(size(1, 64)),
-            size(1, 512),
+            largest(Mib(64)).memory,
+            Mib(512),
             "not less than at the start"
         );
-        let spare = guest().spare_vcpus;
-        assert_eq!(largest(size(200, 1 << 20)), size(1 + spare, 4096));
+        assert_eq!(largest(lots).memory, Mib(4096));
         let large = Limits {
             cpu: Some((7, 1)),
             ..Limits::default()
         };
-        let large = large.pod_size(&guest(), size(200, 1 << 20), &none).unwrap();
+        let large = large.pod_size(&guest(), lots, &none).unwrap();
         assert_eq!(large.largest.vcpus.get(), 8, "guest.max_vcpus");
         let overrides = Overrides {
             vcpus: VcpuCount::new(2),
             memory: None,
         };
-        let fixed = Limits::default().pod_size(&guest(), size(200, 2048), &overrides);
+        let fixed = Limits::default().pod_size(&guest(), Mib(2048), &overrides);
         let fixed = fixed.unwrap();
         assert_eq!(fixed.started_with, size(2, 512));
         assert_eq!(fixed.largest, size(2, 2048), "what an annotation says");

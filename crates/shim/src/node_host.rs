@@ -115,8 +115,8 @@ impl NodeHost {
     /// What is known of the pod before its VM.
     fn pod(&self) -> Result<KnownPod, SandboxError> {
         let guest = &self.config.guest;
-        let node = node_size::node().map_err(|error| {
-            let message = "find out how large the node is";
+        let node_memory = node_size::node_memory().map_err(|error| {
+            let message = "find out how much memory the node has";
             SandboxError::new(SandboxErrorKind::Internal, message).because(error)
         })?;
         match &self.source {
@@ -124,7 +124,9 @@ impl NodeHost {
                 let bundle = self.bundle(dir)?;
                 let overrides = bundle.overrides(&self.config).map_err(spec_error)?;
                 Ok(KnownPod {
-                    spec: bundle.pod(guest, node, &overrides).map_err(spec_error)?,
+                    spec: bundle
+                        .pod(guest, node_memory, &overrides)
+                        .map_err(spec_error)?,
                     overrides,
                     cgroups_path: bundle.cgroups_path().map(Path::to_path_buf),
                     network_namespace: bundle.network_namespace().map(Path::to_path_buf),
@@ -138,7 +140,7 @@ impl NodeHost {
                 })?;
                 let overrides = Overrides::read(Some(&pod.annotations), &self.config);
                 let overrides = overrides.map_err(spec_error)?;
-                let spec = pod.description.pod(guest, node, &overrides);
+                let spec = pod.description.pod(guest, node_memory, &overrides);
                 Ok(KnownPod {
                     spec: spec.map_err(spec_error)?,
                     overrides,

@@ -1,14 +1,13 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! How large a VM can be here: the node's processors and memory, and the pod's cgroup.
+//! How much memory a VM can have here: the node's, and what the pod's cgroup leaves.
 
 use std::fs;
 use std::io;
 use std::path::Path;
 
-use ids::{Bytes, Mib, VcpuCount};
-use pod_spec::VmSize;
+use ids::{Bytes, Mib};
 
 use crate::host_cgroup::{self, CgroupError, PodCgroup};
 
@@ -16,32 +15,22 @@ use crate::host_cgroup::{self, CgroupError, PodCgroup};
 /// what the host's kernel keeps for them is charged too.
 const HOST_SHARE: u64 = 16 << 20;
 
-/// The node, as a VM that would have all of it.
+/// The node's memory.
 ///
 /// # Errors
 /// The kernel does not say.
-pub(crate) fn node() -> io::Result<VmSize> {
-    let online = fs::read_to_string("/sys/devices/system/cpu/online")?;
-    let memory = fs::read_to_string("/proc/meminfo")?;
-    parse(&online, &memory).ok_or_else(|| io::ErrorKind::InvalidData.into())
+pub(crate) fn node_memory() -> io::Result<Mib> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    parse(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// From a list of processors (cpuset(7)) and the text of `/proc/meminfo` (proc(5)).
-fn parse(online: &str, meminfo: &str) -> Option<VmSize> {
-    let mut count = 0u64;
-    for range in online.trim().split(',') {
-        let (first, last) = range.split_once('-').unwrap_or((range, range));
-        let (first, last) = (first.parse::<u64>().ok()?, last.parse::<u64>().ok()?);
-        count = count.saturating_add(last.checked_sub(first)?.saturating_add(1));
-    }
+/// From the text of `/proc/meminfo` (proc(5)).
+fn parse(meminfo: &str) -> Option<Mib> {
     let total = meminfo
         .lines()
         .find_map(|line| line.strip_prefix("MemTotal:"))?;
     let kib: u64 = total.trim().strip_suffix(" kB")?.parse().ok()?;
-    Some(VmSize {
-        vcpus: VcpuCount::new(u8::try_from(count).unwrap_or(u8::MAX))?,
-        memory: Mib(u32::try_from(kib >> 10).unwrap_or(u32::MAX)),
-    })
+    Some(Mib(u32::try_from(kib >> 10).unwrap_or(u32::MAX)))
 }
 
 /// The most memory that a VM can have within the pod's cgroup as its limits are now, or those of what it is in; `None` if
@@ -66,14 +55,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn node_is_what_the_kernel_says() {
+    fn node_has_the_memory_that_its_kernel_says() {
         let meminfo = "MemTotal:       24684444 kB\nMemFree:  1 kB\n";
-        let size = parse("0-3,8,10-11\n", meminfo).unwrap();
-        assert_eq!((size.vcpus.get(), size.memory), (7, Mib(24105)));
-        assert_eq!(parse("3-1", meminfo), None);
-        assert_eq!(parse("0", "MemTotal: lots"), None);
-        assert_eq!(parse("0-999", meminfo).unwrap().vcpus.get(), 255);
-        node().unwrap();
+        assert_eq!(parse(meminfo), Some(Mib(24105)));
+        assert_eq!(parse("MemTotal: lots"), None);
+        node_memory().unwrap();
     }
 
     #[test]

@@ -35,7 +35,7 @@ use crate::inspect_service::{InspectService, Operator, RecordingSink};
 use crate::keeper::Hold;
 use crate::log;
 use crate::pod_source::PodSource;
-use crate::process::ProcessIdentity;
+use crate::process::{self, ProcessIdentity};
 use crate::publisher::{Patience, Publisher};
 use crate::run::{Roots, bundle};
 use crate::sandbox_service::SandboxService;
@@ -172,6 +172,12 @@ fn level(level: LogLevel) -> Level {
 /// a state directory `delete` has been here already.
 fn detach(state: &StateDir) -> Result<(), ShimError> {
     rustix::process::setsid().map_err(|error| ShimError::Spawn(error.into()))?;
+    if let Err(error) = process::hide_from_oom_killer() {
+        tracing::warn!(
+            error = &error as &dyn Error,
+            "the OOM killer does not spare the shim"
+        );
+    }
     rustix::process::umask(Mode::RWXG | Mode::RWXO);
     let recorded = ProcessIdentity::current().and_then(|process| state.record_shim(process));
     recorded.map_err(ShimError::file("write to", state.path()))
@@ -256,7 +262,7 @@ impl Shim<'_> {
                     traffic,
                     Arc::clone(&hold),
                 )
-                    .services(),
+                .services(),
             )
             .register_service(SandboxService::services(
                 sandbox.clone(),
@@ -382,6 +388,12 @@ impl Driver for RecordingDriver {
 
     async fn launch(&self, spec: VmSpec) -> Result<Arc<dyn RunningVm>, DriverError> {
         let vm = self.driver.launch(spec).await?;
+        if let Err(error) = process::expose_to_oom_killer(vm.processes().vmm) {
+            tracing::warn!(
+                error = &error as &dyn Error,
+                "the OOM killer spares the VMM"
+            );
+        }
         let recorded = i32::try_from(vm.processes().vmm)
             .map_err(io::Error::other)
             .and_then(ProcessIdentity::of_child)

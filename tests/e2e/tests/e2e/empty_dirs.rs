@@ -172,8 +172,9 @@ fn empty_dir_that_the_host_has_filled_is_the_hosts_own() {
     // It stays so for the pod, whatever is in it.
     fs::remove_file(&note).unwrap();
     let two = with("two");
-    output(&kubelet, &two, "echo again > /data/note");
-    assert_eq!(fs::read_to_string(&note).unwrap(), "again\n");
+    // Another name: for a second the guest may still know the one that is gone.
+    output(&kubelet, &two, "echo again > /data/other");
+    assert_eq!(fs::read_to_string(volume.join("other")).unwrap(), "again\n");
 }
 
 #[test]
