@@ -81,6 +81,7 @@ const KVM_GET_REGS: u32 = kvm(READ, 144, 0x81);
 const KVM_GET_SREGS: u32 = kvm(READ, 312, 0x83);
 const KVM_GET_MSRS: u32 = kvm(READ | WRITE, 8, 0x88);
 const KVM_GET_LAPIC: u32 = kvm(READ, 1024, 0x8e);
+const KVM_SET_LAPIC: u32 = kvm(WRITE, 1024, 0x8f);
 const KVM_GET_MP_STATE: u32 = kvm(READ, 4, 0x98);
 const KVM_GET_VCPU_EVENTS: u32 = kvm(READ, 64, 0x9f);
 const KVM_GET_DEBUGREGS: u32 = kvm(READ, 128, 0xa1);
@@ -186,6 +187,11 @@ const MAKE_VCPU: &[Rule] = &[
         SYS_ioctl,
         &[Check::Is(1, KVM_SET_MSRS)],
         "its registers at boot",
+    ),
+    only(
+        SYS_ioctl,
+        &[Check::Is(1, KVM_SET_LAPIC)],
+        "being found by the others",
     ),
 ];
 

@@ -19,7 +19,7 @@ use std::sync::atomic::Ordering;
 
 use ids::{Bytes, Mib, VcpuCount};
 use kvm_bindings::kvm_cpuid_entry2;
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{VcpuFd, VmFd};
 use virtio_device::balloon::{BalloonHandle, MemoryRelease};
 use virtio_device::mem::{Mem, MemHandle, MemOptions, MemorySlots};
 use vm_memory::GuestAddressSpace;
@@ -129,6 +129,14 @@ pub(super) struct SpareParts {
     pub(super) surroundings: Surroundings,
 }
 
+/// Has KVM count the vCPU in where it looks for an interrupt's target. At the start the boot processor's accesses to its
+/// local APIC do that for all; a vCPU that comes later would never hear the INIT that is to wake it.
+fn enter_apic_map(fd: &VcpuFd) -> Result<(), VmmError> {
+    fd.get_lapic()
+        .and_then(|state| fd.set_lapic(&state))
+        .map_err(VmmError::kvm("set the local APIC"))
+}
+
 impl Machine {
     /// Has threads wait to make the vCPUs from number `first` on.
     pub(super) fn add_spares(
@@ -146,6 +154,7 @@ impl Machine {
                     .create_vcpu(u64::from(id))
                     .map_err(VmmError::kvm("create a vCPU"))?;
                 configure_vcpu(&fd, &policy, id, count)?;
+                enter_apic_map(&fd)?;
                 Ok(Vcpu::new(fd, id, surroundings))
             })?;
             self.resizing.spares.push_back(spare);

@@ -107,10 +107,18 @@ fn make_database(claim: &Path) {
         claim.display()
     );
     let runc = ["run", "--rm", "--runtime", "io.containerd.runc.v2"];
-    let initdb = ["initdb", "-N", "-D", "/data/base", "--no-locale", "-A", "trust"];
+    let initdb = [
+        "initdb",
+        "-N",
+        "-D",
+        "/data/base",
+        "--no-locale",
+        "-A",
+        "trust",
+    ];
     let mut arguments = vec!["-n", "k8s.io"];
     arguments.extend(runc);
-    arguments.extend(["--user", "999:999", "--mount", &mount, POSTGRES, "initdb"]);
+    arguments.extend(["--mount", &mount, POSTGRES, "initdb"]);
     arguments.extend(initdb);
     run("ctr", &arguments).success();
 }
