@@ -285,7 +285,6 @@ pub(crate) fn field(status: &str, name: &str) -> String {
     let line = status
         .lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-    line.unwrap_or_else(|| panic!("no {name} in {status}"))
-        .trim()
-        .to_owned()
+    assert!(line.is_some(), "no {name} in {status}");
+    line.unwrap().trim().to_owned()
 }

@@ -44,10 +44,12 @@ impl Stream {
             if seen.contains(wanted) {
                 return seen;
             }
-            if !self.receive() {
-                let (stderr, status) = (self.text(STDERR), self.text(STATUS));
-                panic!("the stream has ended without {wanted:?}: {seen:?} {stderr:?} {status}");
-            }
+            let more = self.receive();
+            let (stderr, status) = (self.text(STDERR), self.text(STATUS));
+            assert!(
+                more,
+                "the stream has ended without {wanted:?}: {seen:?} {stderr:?} {status}"
+            );
         }
     }
 

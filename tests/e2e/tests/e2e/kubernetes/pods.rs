@@ -190,9 +190,9 @@ fn every_process_of_the_pod_on_the_host_is_in_the_pods_cgroup() {
     let pod = POD.case();
     let _running = &pod.main;
     for program in ["coffer-vmm", "containerd-shim-coffer-v2"] {
-        let [process] = named(program)[..] else {
-            panic!("not one {program}: {:?}", named(program));
-        };
+        let processes = named(program);
+        assert_eq!(processes.len(), 1, "{program}: {processes:?}");
+        let process = processes[0];
         let cgroup = fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap();
         assert!(
             cgroup.starts_with(&format!("0::{CGROUP}/")),

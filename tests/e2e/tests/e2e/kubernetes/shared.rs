@@ -49,9 +49,10 @@ impl<T> Shared<T> {
         let name = thread::current().name().unwrap_or_default().to_owned();
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.left.get_or_insert_with(|| cases_beside(&name));
-        if let Some(failure) = &state.failure {
-            panic!("what the cases of this file share cannot be made: {failure}");
-        }
+        assert_eq!(
+            state.failure, None,
+            "what the cases of this file share cannot be made"
+        );
         if let Some((_, node)) = &mut state.made {
             node.hand_to(&name);
         } else {
