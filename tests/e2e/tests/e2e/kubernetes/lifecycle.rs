@@ -281,7 +281,7 @@ fn orphan_goes_to_the_containers_first_process() {
     let pod = POD.case();
     let script = "sh -c 'sleep 1000 & echo $! > /orphan'; cut -d' ' -f4 /proc/$(cat /orphan)/stat";
     let ended = pod.script("orphan", script, |_| ());
-    assert_eq!(ended.stdout, "1\n");
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "1\n"));
 }
 
 #[test]
