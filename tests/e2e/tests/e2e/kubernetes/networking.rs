@@ -44,7 +44,7 @@ impl Web {
     }
 
     /// What the neighbouring pod says to a script.
-    fn from_neighbour(&self, script: &str) -> String {
+    fn neighbour_output(&self, script: &str) -> String {
         let executed = self
             .running
             .kubelet
@@ -121,7 +121,7 @@ fn pod_reaches_itself_at_its_own_address() {
 fn pod_reaches_another_pod_at_its_address() {
     let web = POD.case();
     let fetch = format!("wget -q -O - http://{}:8080/healthz", web.ip);
-    assert_eq!(web.from_neighbour(&fetch), "healthy\n");
+    assert_eq!(web.neighbour_output(&fetch), "healthy\n");
     let own = web.running.kubelet.pod_ip(&web.neighbour);
     assert_ne!(own, web.ip);
 }
@@ -133,13 +133,13 @@ fn port_of_one_pod_is_not_anothers() {
     let dialled = TcpStream::connect((own.as_str(), 8080));
     assert_eq!(dialled.unwrap_err().kind(), ErrorKind::ConnectionRefused);
     // Both may have the same port.
-    web.from_neighbour("mkdir /www && echo another > /www/healthz && httpd -p 8080 -h /www");
+    web.neighbour_output("mkdir /www && echo another > /www/healthz && httpd -p 8080 -h /www");
     assert_eq!(get(&own, 8080, "/healthz"), (200, "another\n".to_owned()));
     assert_eq!(
         get(&web.ip, 8080, "/healthz"),
         (200, "healthy\n".to_owned())
     );
-    web.from_neighbour("killall httpd");
+    web.neighbour_output("killall httpd");
 }
 
 #[test]
@@ -151,7 +151,7 @@ fn ping_of_any_size_goes_out_of_the_pod_and_into_it() {
             .running
             .output(&format!("ping -c 2 -W 60 -s {size} {NODE}"));
         assert!(out.contains(" 0% packet loss"), "{out}");
-        let between = web.from_neighbour(&format!("ping -c 2 -W 60 -s {size} {}", web.ip));
+        let between = web.neighbour_output(&format!("ping -c 2 -W 60 -s {size} {}", web.ip));
         assert!(between.contains(" 0% packet loss"), "{between}");
     }
 }
