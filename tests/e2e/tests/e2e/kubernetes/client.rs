@@ -113,12 +113,41 @@ impl Kubelet {
         call!(self, exec_sync, request)
     }
 
+    pub(crate) fn try_remove(&self, container: &str) -> Result<(), Status> {
+        let request = v1::RemoveContainerRequest {
+            container_id: container.to_owned(),
+        };
+        call!(self, remove_container, request).map(drop)
+    }
+
+    pub(crate) fn try_stop_pod(&self, pod: &str) -> Result<(), Status> {
+        let request = v1::StopPodSandboxRequest {
+            pod_sandbox_id: pod.to_owned(),
+        };
+        call!(self, stop_pod_sandbox, request).map(drop)
+    }
+
+    pub(crate) fn try_remove_pod(&self, pod: &str) -> Result<(), Status> {
+        let request = v1::RemovePodSandboxRequest {
+            pod_sandbox_id: pod.to_owned(),
+        };
+        call!(self, remove_pod_sandbox, request).map(drop)
+    }
+
     pub(crate) fn try_status(&self, container: &str) -> Result<v1::ContainerStatus, Status> {
         let request = v1::ContainerStatusRequest {
             container_id: container.to_owned(),
             verbose: false,
         };
         call!(self, container_status, request).map(|response| response.status.unwrap())
+    }
+
+    pub(crate) fn try_pod_status(&self, pod: &str) -> Result<v1::PodSandboxStatus, Status> {
+        let request = v1::PodSandboxStatusRequest {
+            pod_sandbox_id: pod.to_owned(),
+            verbose: false,
+        };
+        call!(self, pod_sandbox_status, request).map(|response| response.status.unwrap())
     }
 
     /// Names of the containers that a filter lets through, in order.
@@ -135,12 +164,85 @@ impl Kubelet {
         names
     }
 
+    /// Names of the pods that a filter lets through, in order.
+    pub(crate) fn list_pods(&self, filter: v1::PodSandboxFilter) -> Vec<String> {
+        let request = v1::ListPodSandboxRequest {
+            filter: Some(filter),
+        };
+        let pods = call!(self, list_pod_sandbox, request).unwrap().items;
+        let mut names: Vec<String> = pods
+            .into_iter()
+            .map(|pod| pod.metadata.unwrap().name)
+            .collect();
+        names.sort();
+        names
+    }
+
     /// Has the log file of a container opened anew, as after its rotation.
     pub(crate) fn reopen_log(&self, container: &str) -> Result<(), Status> {
         let request = v1::ReopenContainerLogRequest {
             container_id: container.to_owned(),
         };
         call!(self, reopen_container_log, request).map(drop)
+    }
+
+    pub(crate) fn stats(&self, container: &str) -> v1::ContainerStats {
+        let request = v1::ContainerStatsRequest {
+            container_id: container.to_owned(),
+        };
+        call!(self, container_stats, request)
+            .unwrap()
+            .stats
+            .unwrap()
+    }
+
+    /// Names of the containers whose figures a filter lets through, in order.
+    pub(crate) fn list_stats(&self, filter: v1::ContainerStatsFilter) -> Vec<String> {
+        let request = v1::ListContainerStatsRequest {
+            filter: Some(filter),
+        };
+        let stats = call!(self, list_container_stats, request).unwrap().stats;
+        let mut names: Vec<String> = stats
+            .into_iter()
+            .map(|stats| stats.attributes.unwrap().metadata.unwrap().name)
+            .collect();
+        names.sort();
+        names
+    }
+
+    pub(crate) fn pod_stats(&self, pod: &str) -> v1::PodSandboxStats {
+        let request = v1::PodSandboxStatsRequest {
+            pod_sandbox_id: pod.to_owned(),
+        };
+        call!(self, pod_sandbox_stats, request)
+            .unwrap()
+            .stats
+            .unwrap()
+    }
+
+    /// Where containerd streams an exec.
+    pub(crate) fn url_of_exec(&self, container: &str, command: &[&str], terminal: bool) -> String {
+        let request = v1::ExecRequest {
+            container_id: container.to_owned(),
+            cmd: command.iter().map(|word| (*word).to_owned()).collect(),
+            tty: terminal,
+            stdin: true,
+            stdout: true,
+            stderr: !terminal,
+        };
+        call!(self, exec, request).unwrap().url
+    }
+
+    /// Where containerd streams a container's own input and output.
+    pub(crate) fn url_of_attach(&self, container: &str, terminal: bool) -> String {
+        let request = v1::AttachRequest {
+            container_id: container.to_owned(),
+            stdin: true,
+            tty: terminal,
+            stdout: true,
+            stderr: !terminal,
+        };
+        call!(self, attach, request).unwrap().url
     }
 
     pub(crate) fn log_path(&self, name: &str, attempt: u32) -> PathBuf {

@@ -11,8 +11,21 @@
 
 mod client;
 mod environment;
+mod events;
 mod exec;
+mod exec_stream;
+mod idempotence;
+mod image_archive;
+mod images;
+mod init_containers;
 mod lifecycle;
 mod logs;
+mod networking;
+mod pods;
+mod resources;
+mod restarts;
 mod security;
 mod shared;
+mod stats;
+mod streaming;
+mod volumes;

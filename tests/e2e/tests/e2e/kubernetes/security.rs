@@ -21,6 +21,7 @@ const DEFAULT_CAPABILITIES: u64 = 0xa804_25fb;
 const CAP_CHOWN: u64 = 1 << 0;
 const CAP_NET_BIND_SERVICE: u64 = 1 << 10;
 const CAP_NET_ADMIN: u64 = 1 << 12;
+const CAP_SYS_ADMIN: u64 = 1 << 21;
 
 static POD: Shared<Running> = Shared::new(|| Running::new("security"));
 
@@ -413,4 +414,51 @@ fn device_that_a_container_may_not_use_cannot_be_opened() {
             "{name}: {opened:?}"
         );
     }
+}
+
+#[test]
+fn privileged_container_has_all_of_the_guest_and_nothing_of_the_host() {
+    let _pod = POD.case();
+    let mut kubelet = crate::cri_client::Kubelet::new("privileged");
+    let privileged_pod = kubelet
+        .run_pod_with("privileged", |config| {
+            let linux = config.linux.as_mut().unwrap();
+            linux.security_context.as_mut().unwrap().privileged = true;
+        })
+        .unwrap();
+    let id = kubelet.run_with(&privileged_pod, "main", &IDLE, |config| {
+        security(config).privileged = true;
+    });
+    let output = |script: &str| {
+        let executed = kubelet.exec(&id, &sh(script));
+        assert_eq!(executed.code, 0, "{script}: {executed:?}");
+        executed.stdout
+    };
+    let status = output("cat /proc/self/status");
+    let effective = u64::from_str_radix(&field(&status, "CapEff"), 16).unwrap();
+    assert_eq!(
+        effective & (CAP_SYS_ADMIN | CAP_NET_ADMIN),
+        CAP_SYS_ADMIN | CAP_NET_ADMIN
+    );
+    assert_eq!(field(&status, "Seccomp"), "0");
+    assert_eq!(
+        output("mkdir /m && mount -t tmpfs tmpfs /m && echo in > /m/file && cat /m/file"),
+        "in\n"
+    );
+    assert_eq!(
+        output("ip link add dummy0 type dummy && ip -o link show dummy0 | wc -l"),
+        "1\n"
+    );
+    assert_ne!(
+        output("uname -r"),
+        e2e::run("uname", &["-r"]).stdout,
+        "its kernel is the guest's"
+    );
+    let processes = output("cat /proc/[0-9]*/comm");
+    assert!(!processes.contains("containerd"), "{processes}");
+    assert_eq!(
+        e2e::run("ip", &["link", "show", "dummy0"]).code,
+        1,
+        "the node has none of it"
+    );
 }

@@ -1,0 +1,380 @@
+// Copyright The Coffer Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//! Pods: what kubelet is told of them, what sets them up, what is refused.
+
+use std::collections::HashMap;
+use std::fs;
+use std::ops::Deref;
+use std::path::Path;
+
+use e2e::{named, run};
+use k8s_cri::v1;
+use tonic::Code;
+
+use super::client::{Running, until};
+use super::shared::Shared;
+use crate::cri_client::{Kubelet, call};
+use crate::volumes::IDLE;
+
+/// Where kubelet puts a burstable pod with the cgroupfs driver.
+const CGROUP: &str = "/kubepods/burstable/pod1b2c3d4e";
+
+static POD: Shared<InCgroup> = Shared::new(InCgroup::new);
+
+/// A pod in a cgroup that kubelet has made for it.
+struct InCgroup {
+    running: Running,
+    // After the pod.
+    _cgroup: PodCgroup,
+}
+
+struct PodCgroup;
+
+impl InCgroup {
+    fn new() -> Self {
+        fs::create_dir_all(format!("/sys/fs/cgroup{CGROUP}")).unwrap();
+        let cgroup = PodCgroup;
+        let of_pod = |config: &mut v1::PodSandboxConfig| {
+            config.labels = map("app", "shop");
+            config.annotations = map("kubernetes.io/config.source", "api");
+            CGROUP.clone_into(&mut config.linux.as_mut().unwrap().cgroup_parent);
+        };
+        Self {
+            running: Running::with("pods", of_pod, |_| ()),
+            _cgroup: cgroup,
+        }
+    }
+}
+
+impl Deref for InCgroup {
+    type Target = Running;
+
+    fn deref(&self) -> &Running {
+        &self.running
+    }
+}
+
+impl Drop for PodCgroup {
+    fn drop(&mut self) {
+        for path in Path::new(CGROUP)
+            .ancestors()
+            .filter(|path| path.parent().is_some())
+        {
+            let path = format!("/sys/fs/cgroup{}", path.display());
+            if let Err(error) = fs::remove_dir(&path) {
+                eprintln!("{path} is not removed: {error}");
+            }
+        }
+    }
+}
+
+fn map(key: &str, value: &str) -> HashMap<String, String> {
+    HashMap::from([(key.to_owned(), value.to_owned())])
+}
+
+/// What the answer to a pod with these namespaces is.
+fn refusal(name: &str, change: impl FnOnce(&mut v1::NamespaceOption)) -> String {
+    let mut kubelet = Kubelet::new(name);
+    let refused = kubelet.run_pod_with(name, |config| {
+        let linux = config.linux.as_mut().unwrap();
+        let security = linux.security_context.as_mut().unwrap();
+        change(security.namespace_options.as_mut().unwrap());
+    });
+    refused.err().unwrap().message().to_owned()
+}
+
+#[test]
+fn attributes_of_a_pod_are_kept() {
+    let pod = POD.case();
+    let status = pod.kubelet.try_pod_status(&pod.pod.id).unwrap();
+    assert_eq!(
+        status.metadata.unwrap(),
+        v1::PodSandboxMetadata {
+            name: "pods".to_owned(),
+            uid: "uid-pods".to_owned(),
+            namespace: "default".to_owned(),
+            attempt: 0,
+        }
+    );
+    assert_eq!(status.labels, map("app", "shop"));
+    assert_eq!(
+        status.annotations,
+        map("kubernetes.io/config.source", "api")
+    );
+    assert_eq!(status.runtime_handler, "coffer");
+    assert!(status.created_at > 0);
+    let namespaces = status.linux.unwrap().namespaces.unwrap().options.unwrap();
+    assert_eq!(namespaces.network(), v1::NamespaceMode::Pod);
+    assert_eq!(namespaces.pid(), v1::NamespaceMode::Container);
+}
+
+#[test]
+fn pods_are_listed_by_id_state_and_label() {
+    let pod = POD.case();
+    let listed = |filter: v1::PodSandboxFilter| pod.kubelet.list_pods(filter);
+    let by_id = v1::PodSandboxFilter {
+        id: pod.pod.id.clone(),
+        ..Default::default()
+    };
+    assert_eq!(listed(by_id.clone()), ["pods"]);
+    let in_state = |state: v1::PodSandboxState| v1::PodSandboxFilter {
+        state: Some(v1::PodSandboxStateValue {
+            state: i32::from(state),
+        }),
+        ..by_id.clone()
+    };
+    assert_eq!(
+        listed(in_state(v1::PodSandboxState::SandboxReady)),
+        ["pods"]
+    );
+    assert_eq!(
+        listed(in_state(v1::PodSandboxState::SandboxNotready)),
+        [""; 0]
+    );
+    let labelled = |value: &str| v1::PodSandboxFilter {
+        label_selector: map("app", value),
+        ..Default::default()
+    };
+    assert_eq!(listed(labelled("shop")), ["pods"]);
+    assert_eq!(listed(labelled("bank")), [""; 0]);
+}
+
+#[test]
+fn name_of_a_pod_is_taken_once() {
+    let pod = POD.case();
+    let mut second = Kubelet::new("pods-second");
+    let error = second.run_pod_with("pods", |_| ()).err().unwrap();
+    assert!(error.message().contains("is reserved for"), "{error}");
+    assert_eq!(pod.exec("exit 3").code, 3);
+}
+
+#[test]
+fn unknown_runtime_handler_is_refused_by_name() {
+    let pod = POD.case();
+    let metadata = v1::PodSandboxMetadata {
+        name: "unknown".to_owned(),
+        uid: "uid-unknown".to_owned(),
+        namespace: "default".to_owned(),
+        attempt: 0,
+    };
+    let request = v1::RunPodSandboxRequest {
+        config: Some(v1::PodSandboxConfig {
+            metadata: Some(metadata),
+            ..Default::default()
+        }),
+        runtime_handler: "strongbox".to_owned(),
+    };
+    let error = call!(pod.kubelet, run_pod_sandbox, request).unwrap_err();
+    assert!(error.message().contains("\"strongbox\""), "{error}");
+}
+
+#[test]
+fn host_pid_is_refused_with_a_reason() {
+    let _pod = POD.case();
+    let node = i32::from(v1::NamespaceMode::Node);
+    let message = refusal("host-pid", |options| options.pid = node);
+    assert!(message.contains("hostPID"), "{message}");
+}
+
+#[test]
+fn host_ipc_is_refused_with_a_reason() {
+    let _pod = POD.case();
+    let node = i32::from(v1::NamespaceMode::Node);
+    let message = refusal("host-ipc", |options| options.ipc = node);
+    assert!(message.contains("hostIPC"), "{message}");
+}
+
+#[test]
+fn every_process_of_the_pod_on_the_host_is_in_the_pods_cgroup() {
+    let pod = POD.case();
+    let _running = &pod.main;
+    for program in ["coffer-vmm", "containerd-shim-coffer-v2"] {
+        let processes = named(program);
+        assert_eq!(processes.len(), 1, "{program}: {processes:?}");
+        let process = processes[0];
+        let cgroup = fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap();
+        assert!(
+            cgroup.starts_with(&format!("0::{CGROUP}/")),
+            "{program}: {cgroup}"
+        );
+        for task in fs::read_dir(format!("/proc/{process}/task")).unwrap() {
+            let of_task = fs::read_to_string(task.unwrap().path().join("cgroup")).unwrap();
+            assert!(
+                of_task.starts_with(&format!("0::{CGROUP}/")),
+                "a thread of {program}: {of_task}"
+            );
+        }
+    }
+}
+
+#[test]
+fn shared_memory_of_a_pod_is_64_mib_and_open_to_all() {
+    let pod = POD.case();
+    let script = "df -k /dev/shm | tail -1 | tr -s ' ' | cut -d' ' -f2; stat -c %a /dev/shm";
+    assert_eq!(pod.output(script), "65536\n1777\n");
+    let full = pod.exec("dd if=/dev/zero of=/dev/shm/fill bs=1M count=65");
+    assert!(full.stderr.contains("No space left"), "{full:?}");
+    pod.output("rm /dev/shm/fill");
+}
+
+#[test]
+fn pod_status_is_ready_with_the_address_that_it_has() {
+    let pod = POD.case();
+    let status = pod.kubelet.try_pod_status(&pod.pod.id).unwrap();
+    assert_eq!(status.state(), v1::PodSandboxState::SandboxReady);
+    let ip = status.network.unwrap().ip;
+    let inside = pod.output("ip -o -4 addr show dev eth0 | tr -s ' ' | cut -d' ' -f4");
+    assert_eq!(inside, format!("{ip}/16\n"));
+}
+
+#[test]
+fn pod_that_is_removed_is_not_found_and_its_name_is_free() {
+    let pod = POD.case();
+    let mut kubelet = Kubelet::new("renewed");
+    let first = kubelet.run_pod("renewed");
+    let container = kubelet.run(&first, "main", &IDLE);
+    kubelet.stop_pod(&first);
+    kubelet.remove_pod(&first);
+    assert_eq!(
+        kubelet.try_pod_status(&first.id).unwrap_err().code(),
+        Code::NotFound
+    );
+    assert_eq!(
+        kubelet.try_status(&container).unwrap_err().code(),
+        Code::NotFound
+    );
+    let second = kubelet.run_pod("renewed");
+    assert_ne!(first.id, second.id);
+    assert_eq!(
+        kubelet.list(of(&second.id)),
+        [""; 0],
+        "nothing of the first is left"
+    );
+    // And two pods are two machines.
+    let boot_id = "cat /proc/sys/kernel/random/boot_id";
+    let container = kubelet.run(&second, "main", &IDLE);
+    let other = kubelet.exec(&container, &["sh", "-c", boot_id]).stdout;
+    assert_ne!(other, pod.output(boot_id));
+    assert_ne!(kubelet.pod_ip(&second), pod.kubelet.pod_ip(&pod.pod));
+}
+
+fn of(pod: &str) -> v1::ContainerFilter {
+    v1::ContainerFilter {
+        pod_sandbox_id: pod.to_owned(),
+        ..Default::default()
+    }
+}
+
+#[test]
+fn safe_sysctls_of_a_pod_are_set_in_its_guest() {
+    let pod = POD.case();
+    let mut kubelet = Kubelet::new("sysctls");
+    let sysctls = [
+        ("kernel.shm_rmid_forced", "1"),
+        ("net.ipv4.ip_local_port_range", "1024\t65000"),
+        ("net.ipv4.tcp_syncookies", "0"),
+        ("net.ipv4.ip_unprivileged_port_start", "80"),
+    ];
+    let with = kubelet.run_pod_with("sysctls", |config| {
+        let sysctls = sysctls.map(|(key, value)| (key.to_owned(), value.to_owned()));
+        config.linux.as_mut().unwrap().sysctls = HashMap::from(sysctls);
+    });
+    let container = kubelet.run(&with.unwrap(), "main", &IDLE);
+    for (key, value) in sysctls {
+        let path = format!("/proc/sys/{}", key.replace('.', "/"));
+        let of_pod = kubelet.exec(&container, &["cat", &path]).stdout;
+        assert_eq!(of_pod.trim_end(), value, "{key}");
+        let of_other = pod.output(&format!("cat {path}"));
+        assert_ne!(of_other.trim_end(), value, "{key} of another pod");
+        let of_node = run("cat", &[&path]).stdout;
+        assert_ne!(of_node.trim_end(), value, "{key} of the node");
+    }
+}
+
+#[test]
+fn sysctl_that_the_guest_does_not_have_is_refused_by_name() {
+    let _pod = POD.case();
+    let before = named("coffer-vmm").len();
+    let mut kubelet = Kubelet::new("no-sysctl");
+    let refused = kubelet.run_pod_with("no-sysctl", |config| {
+        config.linux.as_mut().unwrap().sysctls = map("kernel.shm_no_such_thing", "1");
+    });
+    let message = refused.err().unwrap().message().to_owned();
+    assert!(
+        message.contains("kernel.shm_no_such_thing")
+            || message.contains("kernel/shm_no_such_thing"),
+        "{message}"
+    );
+    until("nothing of it runs", || named("coffer-vmm").len() == before);
+}
+
+#[test]
+fn processes_of_a_pod_see_each_other_if_it_shares_its_process_namespace() {
+    let _pod = POD.case();
+    let mut kubelet = Kubelet::new("share-pid");
+    let shared = i32::from(v1::NamespaceMode::Pod);
+    let pod = kubelet
+        .run_pod_with("share-pid", |config| {
+            let linux = config.linux.as_mut().unwrap();
+            let security = linux.security_context.as_mut().unwrap();
+            security.namespace_options.as_mut().unwrap().pid = shared;
+        })
+        .unwrap();
+    let run = |name: &str, command: &[&str]| {
+        kubelet.run_with(&pod, name, command, |config| {
+            let security = super::client::security(config);
+            security.namespace_options.as_mut().unwrap().pid = shared;
+        })
+    };
+    let one = run("one", &["sleep", "4444"]);
+    let two = run("two", &IDLE);
+    let namespace = |container: &str| {
+        kubelet
+            .exec(container, &["readlink", "/proc/self/ns/pid"])
+            .stdout
+    };
+    assert_eq!(namespace(&one), namespace(&two));
+    let find = "grep -l ^sleep.4444 /proc/[0-9]*/cmdline | cut -d/ -f3";
+    let pid = kubelet.exec(&two, &["sh", "-c", find]).stdout;
+    assert_ne!(pid.trim(), "", "the neighbour's process is there");
+    assert_ne!(pid.trim(), "1", "which is the pod's own");
+    let killed = kubelet.exec(&two, &["kill", "-KILL", pid.trim()]);
+    assert_eq!(killed.code, 0, "{killed:?}");
+    assert_eq!(kubelet.exit_code(&one), 137);
+    assert_eq!(kubelet.exec(&two, &["true"]).code, 0, "the pod goes on");
+}
+
+#[test]
+fn figures_of_a_pod_hold_those_of_its_containers() {
+    let pod = POD.case();
+    let figures = pod.kubelet.pod_stats(&pod.pod.id);
+    assert_eq!(figures.attributes.unwrap().id, pod.pod.id);
+    let linux = figures.linux.unwrap();
+    let names: Vec<String> = linux
+        .containers
+        .into_iter()
+        .map(|stats| stats.attributes.unwrap().metadata.unwrap().name)
+        .collect();
+    assert_eq!(names, ["main"]);
+    assert!(linux.cpu.unwrap().usage_core_nano_seconds.unwrap().value > 0);
+}
+
+#[test]
+fn network_figures_of_a_pod_are_those_of_its_interface() {
+    let pod = POD.case();
+    let received = || {
+        let linux = pod.kubelet.pod_stats(&pod.pod.id).linux.unwrap();
+        let interface = linux.network.unwrap().default_interface.unwrap();
+        assert_eq!(interface.name, "eth0");
+        (
+            interface.rx_bytes.unwrap().value,
+            interface.tx_bytes.unwrap().value,
+        )
+    };
+    let before = received();
+    pod.output("ping -c 4 -s 1000 10.88.0.1");
+    let after = received();
+    assert!(after.0 - before.0 >= 4 * 1000, "{before:?} {after:?}");
+    assert!(after.1 - before.1 >= 4 * 1000, "{before:?} {after:?}");
+}
