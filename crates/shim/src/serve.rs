@@ -173,7 +173,8 @@ fn level(level: LogLevel) -> Level {
 fn detach(state: &StateDir) -> Result<(), ShimError> {
     rustix::process::setsid().map_err(|error| ShimError::Spawn(error.into()))?;
     if let Err(error) = process::hide_from_oom_killer() {
-        tracing::warn!(
+        // A containerd without CAP_SYS_RESOURCE: true of every pod of the node, and no harm to any.
+        tracing::debug!(
             error = &error as &dyn Error,
             "the OOM killer does not spare the shim"
         );
