@@ -169,8 +169,8 @@ fn resource_that_cannot_be_applied_is_refused_by_name() {
     let _node = Node::new("resource_that_cannot_be_applied_is_refused_by_name");
     let error = refused_with("host-network", &["--net-host"], &["true"]);
     assert_says(&error, &["network namespace", "hostNetwork"]);
-    let error = refused_with("host-device", &["--device", "/dev/vda"], &["true"]);
-    assert_says(&error, &["linux.devices", "/dev/vda"]);
+    let error = refused_with("host-device", &["--device", "/dev/kvm"], &["true"]);
+    assert_says(&error, &["linux.devices", "/dev/kvm"]);
     let error = refused_with(
         "host-folder",
         &[
