@@ -142,9 +142,11 @@ fn cp_into_a_container_and_out_of_it_changes_no_byte() {
         &["-cf", archive.to_str().unwrap(), "-C", place, "folder"],
     )
     .success();
-    // As kubectl copies: tar at both ends.
-    let mut into = exec(&pod, "tar -xmf - -C /tmp && echo done");
-    for part in std::fs::read(&archive).unwrap().chunks(30_000) {
+    // As kubectl copies: tar at both ends. Busybox' reads on to the end of its input, which this protocol cannot send.
+    let sent = std::fs::read(&archive).unwrap();
+    let script = format!("head -c {} | tar -xmf - -C /tmp && echo done", sent.len());
+    let mut into = exec(&pod, &script);
+    for part in sent.chunks(30_000) {
         into.write(part);
     }
     into.expect("done\n");
