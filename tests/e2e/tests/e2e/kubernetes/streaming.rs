@@ -60,7 +60,7 @@ fn exec_on_a_terminal_has_one_and_follows_its_size() {
     let pod = POD.case();
     let mut stream = exec_on_terminal(
         &pod,
-        "tty; trap 'stty size' WINCH; while :; do read line && break; done; exit 5",
+        "tty; while :; do stty size; read -t 1 line && break; done; exit 5",
     );
     stream.expect("/dev/pts/");
     stream.resize(97, 31);
