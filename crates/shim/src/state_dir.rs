@@ -100,10 +100,12 @@ impl StateDir {
         self.away().claim(FlockOperation::NonBlockingLockExclusive)
     }
 
-    /// The same, or `None` if another than `start` has made it.
+    /// The same, or `None` if another than `start` has made it. One without a maker is of one that was killed, or had no
+    /// room, before it could record itself.
     pub(crate) fn take_of(&self, start: ProcessIdentity) -> io::Result<Option<Leftovers>> {
         let lock = self.lock()?;
-        if self.recorded(START)? != Some(start) {
+        let made_by: Option<ProcessIdentity> = self.recorded(START)?;
+        if made_by.is_some_and(|made_by| made_by != start) {
             return Ok(None);
         }
         self.move_away(&lock)?;
@@ -427,7 +429,11 @@ mod tests {
         let own = ProcessIdentity::current().unwrap();
         dir.create(&dir.lock().unwrap(), own).unwrap();
         assert!(dir.take_of(GONE).unwrap().is_none());
-        assert!(dir.take_of(own).unwrap().is_some());
+        dir.take_of(own).unwrap().unwrap().remove().unwrap();
+        make_dir(dir.path()).unwrap();
+        fs::write(dir.path().join("start.json.new"), "").unwrap();
+        dir.take_of(own).unwrap().unwrap().remove().unwrap();
+        assert!(!dir.is_left());
     }
 
     #[test]

@@ -146,9 +146,8 @@ pub(crate) fn map_file(
     offset: u64,
     len: u64,
 ) -> io::Result<()> {
-    check_ranges(memory, address, file, offset, len)?;
+    let file_end = check_ranges(memory, address, file, offset, len)?;
     let outside = || io::Error::from(io::ErrorKind::InvalidData);
-    let file_end = offset.checked_add(len).ok_or_else(outside)?;
     let first_page = offset
         .checked_next_multiple_of(PAGE_BYTES)
         .ok_or_else(outside)?;
@@ -180,13 +179,14 @@ pub(crate) fn map_file(
     )
 }
 
+/// Gives where the range ends in the file.
 fn check_ranges(
     memory: &GuestMemoryMmap,
     address: GuestAddress,
     file: &File,
     offset: u64,
     len: u64,
-) -> io::Result<()> {
+) -> io::Result<u64> {
     let outside = || io::Error::new(io::ErrorKind::InvalidData, "outside guest memory or file");
     let file_end = offset.checked_add(len).ok_or_else(outside)?;
     if file.metadata()?.len() < file_end {
@@ -194,7 +194,7 @@ fn check_ranges(
     }
     let bytes = usize::try_from(len).map_err(|_| outside())?;
     if GuestMemoryBackend::check_range(memory, address, bytes) {
-        Ok(())
+        Ok(file_end)
     } else {
         Err(outside())
     }
@@ -281,14 +281,16 @@ mod tests {
     proptest! {
         #[test]
         fn any_alignment_loads_the_same_bytes(offset in 0u64..9000, at in 0u64..9000, len in 0u64..20000) {
-            let memory = map_ram(&layout::ram_blocks(Mib(1))).unwrap();
             let (file, content) = file(40000);
-            map_file(&memory, GuestAddress(0x4000 + at), &file, offset, len).unwrap();
-            let mut loaded = vec![0xff; usize::try_from(len).unwrap() + 1];
-            memory.read_slice(&mut loaded, GuestAddress(0x4000 + at)).unwrap();
-            let start = usize::try_from(offset).unwrap();
-            prop_assert_eq!(&loaded[..loaded.len() - 1], &content[start..start + loaded.len() - 1]);
-            prop_assert_eq!(loaded[loaded.len() - 1], 0, "nothing after the end");
+            for load in [map_file, copy_file] {
+                let memory = map_ram(&layout::ram_blocks(Mib(1))).unwrap();
+                load(&memory, GuestAddress(0x4000 + at), &file, offset, len).unwrap();
+                let mut loaded = vec![0xff; usize::try_from(len).unwrap() + 1];
+                memory.read_slice(&mut loaded, GuestAddress(0x4000 + at)).unwrap();
+                let start = usize::try_from(offset).unwrap();
+                prop_assert_eq!(&loaded[..loaded.len() - 1], &content[start..start + loaded.len() - 1]);
+                prop_assert_eq!(loaded[loaded.len() - 1], 0, "nothing after the end");
+            }
         }
     }
 
@@ -307,8 +309,10 @@ mod tests {
     fn short_file_and_small_memory_are_errors() {
         let memory = map_ram(&layout::ram_blocks(Mib(1))).unwrap();
         let (file, _) = file(100);
-        assert!(map_file(&memory, GuestAddress(0), &file, 0, 101).is_err());
-        assert!(map_file(&memory, GuestAddress((1 << 20) - 99), &file, 0, 100).is_err());
-        assert!(map_file(&memory, GuestAddress(0), &file, u64::MAX, 100).is_err());
+        for load in [map_file, copy_file] {
+            assert!(load(&memory, GuestAddress(0), &file, 0, 101).is_err());
+            assert!(load(&memory, GuestAddress((1 << 20) - 99), &file, 0, 100).is_err());
+            assert!(load(&memory, GuestAddress(0), &file, u64::MAX, 100).is_err());
+        }
     }
 }
