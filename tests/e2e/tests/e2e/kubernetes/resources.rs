@@ -98,7 +98,7 @@ fn pids_limit_stops_a_fork_bomb_and_not_its_neighbour() {
         unified: HashMap::from([("pids.max".to_owned(), "16".to_owned())]),
         ..Default::default()
     };
-    let script = "cat /sys/fs/cgroup/pids.max; (for i in $(seq 1 40); do sleep 100 & done) 2>&1 | grep -c -i 'resource'; \
+    let script = "cat /sys/fs/cgroup/pids.max; (for i in $(seq 1 40); do sleep 100 >/dev/null 2>&1 & done) 2>&1 | grep -c -i 'resource'; \
                   cat /sys/fs/cgroup/pids.events";
     let ended = limited(&pod, "bomb", limits, script);
     let lines: Vec<&str> = ended.stdout.lines().collect();
