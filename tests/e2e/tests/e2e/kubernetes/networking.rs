@@ -58,7 +58,12 @@ impl Web {
 fn get(host: &str, port: u16, path: &str) -> (u16, String) {
     let mut stream = TcpStream::connect((host, port)).unwrap();
     stream.set_read_timeout(Some(DEADLINE)).unwrap();
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nUser-Agent: kube-probe/1.30\r\nConnection: close\r\n\r\n").unwrap();
+    // In one segment, as the kubelet sends it: where a full queue has the server answer SYNs with cookies, a second segment
+    // without the first is reset, by any Linux.
+    let request = format!(
+        "GET {path} HTTP/1.1\r\nHost: {host}:{port}\r\nUser-Agent: kube-probe/1.30\r\nConnection: close\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
