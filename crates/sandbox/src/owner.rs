@@ -27,6 +27,7 @@ use crate::host::Host;
 use crate::input::{Input, Made};
 use crate::oom_score::OomScore;
 use crate::record::{ContainerRecord, ExecRecord};
+use crate::stats::Silence;
 use crate::vm::{self, Failure, VmState};
 
 /// What a sandbox is made from.
@@ -94,6 +95,8 @@ pub(crate) struct Shared {
     pub(crate) vm: watch::Sender<VmState>,
     /// What the node's OOM killer is told of the pod.
     pub(crate) oom_score: Arc<OomScore>,
+    /// Whether the guest has ceased to say what its containers use.
+    pub(crate) silence: Silence,
     /// The sandbox is to end.
     pub(crate) ending: watch::Sender<bool>,
     inputs: mpsc::UnboundedSender<Input>,
@@ -137,6 +140,7 @@ pub fn spawn(options: SandboxOptions) -> SandboxHandle {
         file_server: options.file_server,
         vm: watch::Sender::new(VmState::Starting),
         oom_score: Arc::default(),
+        silence: Silence::default(),
         ending: watch::Sender::new(false),
         inputs: inputs.clone(),
     });
