@@ -262,7 +262,7 @@ impl Kubelet {
                 let attributes = stats.attributes.as_ref();
                 attributes.is_some_and(|attributes| attributes.id == container)
             };
-            let cpu = all.iter().find(is_it).and_then(|stats| stats.cpu.clone());
+            let cpu = all.iter().find(is_it).and_then(|stats| stats.cpu);
             cpu.unwrap().usage_core_nano_seconds.unwrap().value
         })
     }
