@@ -22,6 +22,9 @@ use sandbox::{
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_coffer-virtiofsd");
 
+/// How precious the node's containers are to its OOM killer: less than the test, so that anybody may set it.
+const OOM_SCORE: i32 = 500;
+
 /// A generous end of every wait.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -53,6 +56,7 @@ impl Host for Node {
     fn plan_container(&self, _: &CreateTask) -> Result<ContainerPlan, SandboxError> {
         let kind = ContainerKind::Guest(Box::new(GuestContainer {
             spec_json: br#"{"process":{"args":["sleep"]}}"#.to_vec(),
+            oom_score_adj: Some(OOM_SCORE),
             limits: None,
             rootfs: GuestRootfs::Layered(Vec::new()),
             copied_mounts: Vec::new(),
@@ -143,6 +147,8 @@ async fn containers_of_a_pod_have_one_server_which_ends_with_it() {
     let fixed = folder("ro-data", dir.path(), FolderAccess::ReadOnly);
     pod.create("one", vec![data.clone()]).await.unwrap();
     let server = pod.server().await.unwrap();
+    let score = fs::read_to_string(process(server).join("oom_score_adj")).unwrap();
+    assert_eq!(score, format!("{OOM_SCORE}\n"), "not that of its parent");
     pod.create("two", vec![data, fixed]).await.unwrap();
     assert_eq!(pod.server().await, Some(server));
     for name in ["rw-data", "ro-data"] {

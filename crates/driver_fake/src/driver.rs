@@ -26,8 +26,9 @@ use crate::agent::Service;
 use crate::guest::{Files, Guest};
 use crate::script::{Boot, Script};
 
-/// What fake VMs say is their VMM's pid. A test's own process would do as well; this one is easier to see.
-pub const FAKE_VMM_PID: u32 = 4242;
+/// What fake VMs say is their VMM's pid, unless the script says another. Linux gives it to no process (proc(5), pid_max), so
+/// nobody is mistaken for a VMM.
+pub const FAKE_VMM_PID: u32 = 1 << 22;
 
 /// How many disks a fake VM can have.
 const MAX_DISKS: u16 = 8;
@@ -318,7 +319,9 @@ impl Resize for FakeVm {
 #[async_trait]
 impl RunningVm for FakeVm {
     fn processes(&self) -> VmProcesses {
-        VmProcesses { vmm: FAKE_VMM_PID }
+        VmProcesses {
+            vmm: self.script.vmm_pid(),
+        }
     }
 
     async fn connect(&self, port: VsockPort) -> Result<UnixStream, DriverError> {

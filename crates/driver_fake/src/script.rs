@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use hypervisor::DriverErrorKind;
 use tokio::sync::watch;
 
+use crate::driver::FAKE_VMM_PID;
+
 /// How a VM boots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Boot {
@@ -44,6 +46,7 @@ struct Inner {
     exits_first: bool,
     refuses_streams: bool,
     guest_memory: (ids::Mib, ids::Mib),
+    vmm: u32,
 }
 
 impl Default for Script {
@@ -63,6 +66,7 @@ impl Script {
             exits_first: false,
             refuses_streams: false,
             guest_memory: (ids::Mib(0), ids::Mib(u32::MAX)),
+            vmm: FAKE_VMM_PID,
         };
         Self {
             inner: Arc::new(Mutex::new(inner)),
@@ -75,6 +79,13 @@ impl Script {
     #[must_use]
     pub fn boot(self, boot: Boot) -> Self {
         self.lock().boot = boot;
+        self
+    }
+
+    /// VMs say that the process with this pid is their VMM.
+    #[must_use]
+    pub fn vmm(self, pid: u32) -> Self {
+        self.lock().vmm = pid;
         self
     }
 
@@ -150,6 +161,10 @@ impl Script {
 
     pub(crate) fn refuses_streams(&self) -> bool {
         self.lock().refuses_streams
+    }
+
+    pub(crate) fn vmm_pid(&self) -> u32 {
+        self.lock().vmm
     }
 
     pub(crate) fn guest_memory(&self) -> (ids::Mib, ids::Mib) {

@@ -163,7 +163,7 @@ impl FileServer {
         self.shares.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The process id, for the pod's cgroup.
+    /// The process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.pid
@@ -228,8 +228,6 @@ fn guard(
     drop(command);
     match spawned {
         Ok((mut child, pidfd)) => {
-            // The shim's own value, which it inherits, spares it from the OOM killer. What it caches may be the pod's most.
-            let _gone = std::fs::write(format!("/proc/{}/oom_score_adj", child.id()), "0");
             if process.send(Ok((child.id(), pidfd))).is_err() {
                 let _ = child.kill(); // the spawn was given up
             }

@@ -69,6 +69,8 @@ pub struct ContainerSpec {
     pub empty_dirs: Vec<EmptyDir>,
     /// The parts of them that it mounts.
     pub sub_paths: Vec<SubPath>,
+    /// How precious it is to the node's OOM killer (`process.oomScoreAdj`), as kubelet says it by the pod's QoS class.
+    pub oom_score_adj: Option<i32>,
     /// What it may use.
     pub limits: Limits,
     /// The host's own directories that the container mounts, each once.

@@ -49,7 +49,7 @@ pub struct Limits {
     pub cpu: Option<(u64, u64)>,
     /// Memory.
     pub memory: Option<Bytes>,
-    /// Huge pages, all of every size. They come beside the memory limit; CRI tells those of a pod to no runtime.
+    /// Huge pages, all of every size. They come beside the memory limit; those of a pod only the Sandbox API has a place for.
     pub huge_pages: Bytes,
 }
 

@@ -29,6 +29,7 @@ pub(crate) fn container(
         .as_mut()
         .ok_or(SpecError::Missing("process"))?;
     strip_host_labels(process)?;
+    let oom_score_adj = oom_score_adj(process)?;
     let root = spec.root_mut().as_mut().ok_or(SpecError::Missing("root"))?;
     let host_rootfs = root.path().clone();
     root.set_path(layout::rootfs(id).into());
@@ -56,6 +57,7 @@ pub(crate) fn container(
     let guest_spec = serde_json::to_vec(&spec).map_err(SpecError::Json)?;
     Ok(ContainerSpec {
         guest_spec,
+        oom_score_adj,
         limits,
         copies: needs.copies,
         live: needs.live,
@@ -83,6 +85,17 @@ pub fn exec_process(json: &[u8]) -> Result<Vec<u8>, SpecError> {
     let mut process: Process = serde_json::from_slice(json).map_err(SpecError::ExecJson)?;
     strip_host_labels(&mut process)?;
     serde_json::to_vec(&process).map_err(SpecError::ExecJson)
+}
+
+/// The adjustment, which the kernel takes from -1000 to 1000 (proc(5)).
+fn oom_score_adj(process: &Process) -> Result<Option<i32>, SpecError> {
+    match process.oom_score_adj() {
+        Some(value) if !(-1000..=1000).contains(&value) => {
+            let reason = format!("{value} is not within -1000 and 1000: correct or remove it");
+            Err(SpecError::unsupported("process.oomScoreAdj", reason))
+        }
+        valid => Ok(valid),
+    }
 }
 
 fn strip_host_labels(process: &mut Process) -> Result<(), SpecError> {
@@ -273,6 +286,25 @@ mod tests {
         assert_eq!(guest.process().as_ref().unwrap().apparmor_profile(), &None);
         let error = refusal(&spec(r#","apparmorProfile":"mine""#, NAMESPACES, ""));
         assert!(error.starts_with("process.apparmorProfile"), "{error}");
+    }
+
+    #[test]
+    fn oom_score_is_for_host_and_guest_and_within_the_kernels_bounds() {
+        let json = |value: i32| spec(&format!(r#","oomScoreAdj":{value}"#), NAMESPACES, "");
+        for value in [-1000, -997, 0, 1000] {
+            let bundle = Bundle::parse(json(value).as_bytes()).unwrap();
+            let container = bundle.container(&"c1".parse().unwrap(), &HostMounts::default());
+            assert_eq!(container.unwrap().oom_score_adj, Some(value));
+            let guest = translate(&json(value)).unwrap();
+            assert_eq!(
+                guest.process().as_ref().unwrap().oom_score_adj(),
+                Some(value)
+            );
+        }
+        for value in [-1001, 1001] {
+            let error = refusal(&json(value));
+            assert!(error.starts_with("process.oomScoreAdj"), "{error}");
+        }
     }
 
     #[test]

@@ -86,6 +86,9 @@ impl Creation {
             }
             ContainerKind::Guest(container) => *container,
         };
+        if let Some(adjustment) = container.oom_score_adj {
+            self.shared.oom_score.lower(adjustment);
+        }
         let guest = vm::ready(self.shared.vm.subscribe()).await?;
         if let Some(limits) = container.limits {
             self.admitted = true;
@@ -95,6 +98,7 @@ impl Creation {
         let (request, host, written_back) = phase(self.of(), "attach", async {
             let GuestContainer {
                 spec_json,
+                oom_score_adj: _,
                 limits: _,
                 rootfs,
                 copied_mounts,

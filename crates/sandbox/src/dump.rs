@@ -49,6 +49,8 @@ pub(crate) fn own(owner: &Owner) -> Value {
         "sandbox_id": owner.shared.id.as_str(),
         "processes": processes,
         "requests_waiting": requests,
+        "oom_score_adj": owner.shared.oom_score.adjustment(),
+        "stats_overdue": owner.shared.silence.lasts(),
         "exits_held": owner.held_exits.len(),
         "work_under_way": owner.work.len(),
         "closing": owner.closing,

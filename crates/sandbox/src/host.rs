@@ -80,6 +80,8 @@ pub enum ContainerKind {
 pub struct GuestContainer {
     /// The OCI runtime spec as JSON, translated for the guest.
     pub spec_json: Vec<u8>,
+    /// How precious it is to the node's OOM killer (`process.oomScoreAdj`); `None` if nobody has said.
+    pub oom_score_adj: Option<i32>,
     /// What it may use, to make the VM large enough; `None` for one that is to make do with what there is.
     pub limits: Option<Limits>,
     /// The rootfs.

@@ -9,20 +9,20 @@
 //! A directory stays as long as the pod; its containers may be made again. The server is gone when the VM's end is told.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agent_proto::api;
 use file_server::{Access, FileServer, FileServerError, Propagation, ServerExit, Share, ShareName};
 use hypervisor::{FileSystem, RunningVm};
-use ids::SandboxId;
 use pod_spec::{FolderAccess, FolderPropagation, HostFolder};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 use crate::convert;
 use crate::error::{SandboxError, SandboxErrorKind};
+use crate::owner::Shared;
 use crate::vm;
 
 /// By which the guest finds the file system.
@@ -58,8 +58,7 @@ enum Wish {
 }
 
 struct Task {
-    sandbox: SandboxId,
-    program: PathBuf,
+    shared: Arc<Shared>,
     vm: Arc<dyn RunningVm>,
     running: Option<Running>,
     /// How the server ended, if it did so by itself.
@@ -78,14 +77,13 @@ fn gone() -> SandboxError {
 }
 
 impl HostFolders {
-    /// None yet, for `vm`; `program` is the file server's.
-    pub(crate) fn new(sandbox: SandboxId, program: PathBuf, vm: Arc<dyn RunningVm>) -> Self {
+    /// None yet, for `vm`.
+    pub(crate) fn new(shared: Arc<Shared>, vm: Arc<dyn RunningVm>) -> Self {
         let (wishes, received) = mpsc::unbounded_channel();
         let (lost, lost_receiver) = watch::channel(None);
         let shown = Arc::<Mutex<Shown>>::default();
         let task = Task {
-            sandbox,
-            program,
+            shared,
             vm,
             running: None,
             lost,
@@ -148,7 +146,7 @@ impl Task {
                 // First what has happened: what ends a server also ends its VM, which has the server ended.
                 biased;
                 exit = ended(self.running.as_ref()) => {
-                    tracing::error!(sandbox_id = self.sandbox.as_str(), %exit, "the file server is lost");
+                    tracing::error!(sandbox_id = self.shared.id.as_str(), %exit, "the file server is lost");
                     self.running = None;
                     self.shown().server = None;
                     self.lost.send_replace(Some(exit));
@@ -180,7 +178,7 @@ impl Task {
             return Err(SandboxError::new(kind, exit.to_string()));
         }
         if self.running.is_none() {
-            let running = start(&self.program, &*self.vm).await?;
+            let running = start(&self.shared, &*self.vm).await?;
             self.shown().server = Some(running.server.pid());
             self.running = Some(running);
         }
@@ -222,12 +220,13 @@ impl Task {
 }
 
 /// Starts the file server and attaches it. On failure there is none.
-async fn start(program: &Path, vm: &dyn RunningVm) -> Result<Running, SandboxError> {
-    let spawned = FileServer::spawn(program, &[]).await;
+async fn start(shared: &Shared, vm: &dyn RunningVm) -> Result<Running, SandboxError> {
+    let spawned = FileServer::spawn(&shared.file_server, &[]).await;
     let (server, connection) = spawned.map_err(|error| {
         let what = "start the file server for the pod's host directories (file_server.path in the node's config)";
         SandboxError::new(kind(&error), what).because(error)
     })?;
+    shared.oom_score.add(server.pid());
     let file_system = FileSystem {
         tag: TAG.to_owned(),
         connection,

@@ -31,6 +31,7 @@ mod host;
 mod host_folders;
 mod input;
 mod live;
+mod oom_score;
 mod owner;
 mod phase;
 mod record;

@@ -25,7 +25,9 @@ use crate::event::EventSink;
 use crate::handle::SandboxHandle;
 use crate::host::Host;
 use crate::input::{Input, Made};
+use crate::oom_score::OomScore;
 use crate::record::{ContainerRecord, ExecRecord};
+use crate::stats::Silence;
 use crate::vm::{self, Failure, VmState};
 
 /// What a sandbox is made from.
@@ -91,6 +93,10 @@ pub(crate) struct Shared {
     pub(crate) deadlines: Deadlines,
     pub(crate) file_server: PathBuf,
     pub(crate) vm: watch::Sender<VmState>,
+    /// What the node's OOM killer is told of the pod.
+    pub(crate) oom_score: Arc<OomScore>,
+    /// Whether the guest has ceased to say what its containers use.
+    pub(crate) silence: Silence,
     /// The sandbox is to end.
     pub(crate) ending: watch::Sender<bool>,
     inputs: mpsc::UnboundedSender<Input>,
@@ -133,6 +139,8 @@ pub fn spawn(options: SandboxOptions) -> SandboxHandle {
         deadlines: options.deadlines,
         file_server: options.file_server,
         vm: watch::Sender::new(VmState::Starting),
+        oom_score: Arc::default(),
+        silence: Silence::default(),
         ending: watch::Sender::new(false),
         inputs: inputs.clone(),
     });

@@ -2,14 +2,20 @@
 // SPDX-License-Identifier: Apache-2.0
 
 //! A container's figures: asked of the guest one call at a time, and kept for when it does not answer.
+//!
+//! containerd asks for a pod's containers one after the other, and its caller wants the last of them within a second. So
+//! only the first question that is overdue is waited for: until the guest answers any, all callers have at once what it
+//! said last. It is asked all the same, and heard again with its next answer.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use agent_client::AgentError;
 use agent_proto::api;
 use ids::ContainerId;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::convert;
 use crate::error::{SandboxError, SandboxErrorKind};
@@ -22,6 +28,21 @@ use crate::work::container_ref;
 /// How long to wait for the guest: containerd gives a call 2 s, of which a loaded node needs its share.
 const LIMIT: Duration = Duration::from_millis(700);
 
+/// Whether somebody has waited in vain since the guest last answered a question, about any container.
+#[derive(Debug, Default)]
+pub(crate) struct Silence(AtomicBool);
+
+impl Silence {
+    /// Whether it lasts; then nobody waits.
+    pub(crate) fn lasts(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn set(&self, lasts: bool) {
+        self.0.store(lasts, Ordering::Relaxed);
+    }
+}
+
 /// What the guest has said of a container, and whether it is being asked. A guest that does not answer is asked again
 /// only after it has, or after the call's own deadline: questions do not pile up.
 #[derive(Default)]
@@ -29,7 +50,8 @@ pub(crate) struct Figures(watch::Sender<State>);
 
 #[derive(Default)]
 struct State {
-    asked: bool,
+    /// When the question is overdue that is under way.
+    due: Option<Instant>,
     last: Option<Box<api::ContainerStats>>,
     /// Why the last question has no answer.
     failure: Option<Failure>,
@@ -38,13 +60,19 @@ struct State {
 impl Figures {
     /// Whether the caller is to ask.
     pub(crate) fn begin(&self) -> bool {
-        self.0
-            .send_if_modified(|state| !std::mem::replace(&mut state.asked, true))
+        self.0.send_if_modified(|state| {
+            let begins = state.due.is_none();
+            let now = Instant::now();
+            state
+                .due
+                .get_or_insert_with(|| now.checked_add(LIMIT).unwrap_or(now));
+            begins
+        })
     }
 
     fn end(&self, answer: Result<api::ContainerStats, SandboxError>) {
         self.0.send_modify(|state| {
-            state.asked = false;
+            state.due = None;
             match answer {
                 Ok(stats) => (state.last, state.failure) = (Some(Box::new(stats)), None),
                 Err(error) => state.failure = Some(Failure::from(&error)),
@@ -66,8 +94,15 @@ pub(crate) async fn answer(
             match &figures {
                 Some(figures) => {
                     let mut state = figures.0.subscribe();
-                    // In time or not: what there is then is the answer.
-                    let _in_time = timeout(LIMIT, state.wait_for(|state| !state.asked)).await;
+                    let due = state.borrow().due;
+                    let due = due.filter(|due| *due > Instant::now() && !shared.silence.lasts());
+                    if let Some(due) = due {
+                        let answered = state.wait_for(|state| state.due.is_none());
+                        if timeout_at(due, answered).await.is_err() {
+                            shared.silence.set(true);
+                        }
+                    }
+                    // In time or not: what there is now is the answer.
                     latest(figures, &container)
                 }
                 None => Ok(CgroupStats::Host),
@@ -91,6 +126,9 @@ pub(crate) async fn ask(shared: Arc<Shared>, container: ContainerId, figures: Ar
     let answer = async {
         let guest = vm::ready(shared.vm.subscribe()).await?;
         let stats = guest.agent.stats(&container_ref(&container)).await;
+        if !matches!(stats, Err(AgentError::Timeout { .. })) {
+            shared.silence.set(false);
+        }
         stats.map_err(|error| convert::agent(format!("measure container {container}"), error))
     }
     .await;

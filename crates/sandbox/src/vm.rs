@@ -239,6 +239,7 @@ async fn start(
         launch.map_err(|error| convert::driver("start the VM", error))
     })
     .await?;
+    shared.oom_score.add(vm.processes().vmm);
     *launched = Some((Arc::clone(&vm), guard));
     shared.vm.send_replace(VmState::Launched(Arc::clone(&vm)));
     tokio::select! {
@@ -305,11 +306,7 @@ async fn boot(
         }),
         agent,
         disks: Disks::new(Arc::clone(vm)),
-        folders: HostFolders::new(
-            shared.id.clone(),
-            shared.file_server.clone(),
-            Arc::clone(vm),
-        ),
+        folders: HostFolders::new(Arc::clone(shared), Arc::clone(vm)),
         forwarded: Arc::default(),
     }))
 }

@@ -67,6 +67,7 @@ impl Host for FakeHost {
         let kind = match bundle.role() {
             pod_spec::Role::Sandbox if task.shell.is_none() => ContainerKind::Sandbox,
             _ => ContainerKind::Guest(Box::new(GuestContainer {
+                oom_score_adj: None,
                 limits: None,
                 spec_json,
                 rootfs: GuestRootfs::Layered(Vec::new()),

@@ -5,7 +5,8 @@
 //!
 //! kubelet sets the pod's limits on its parent, so everything that the pod costs the host counts against the pod. `start`
 //! joins before it makes the shim, which inherits the place, as the VMM does. Where systemd manages cgroups
-//! (`slice:prefix:name`), the scope is made as a plain directory in the slice; systemd itself is not asked.
+//! (`slice:prefix:name`), the scope is made as a plain directory in the slice, with the processes in a cgroup below it; systemd
+//! itself is not asked (`docs/decisions/0013-systemd-slices.md`).
 //!
 //! A cgroup that was made here carries an extended attribute, and only such ones are ever removed: neither kubelet's pod
 //! cgroup nor one that was there before. Teardown may be repeated.
@@ -22,6 +23,11 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::error::ShimError;
 use crate::state_dir::StateDir;
+
+/// The cgroup in a scope of systemd's naming that has the processes. A child that hands its controllers on is what keeps
+/// systemd from taking them away from the slice's children, of which it knows none (cgroup v2, "Top-down Constraint":
+/// a controller cannot be disabled while a child has it enabled).
+const IN_SCOPE: &str = "coffer";
 
 /// Marks a cgroup that Coffer has made. `trusted.` attributes work in both cgroup versions and are root's alone.
 const MARK: &str = "trusted.coffer";
@@ -86,7 +92,7 @@ fn relative_path(cgroups_path: &str) -> Result<PathBuf, CgroupError> {
     }
 }
 
-/// `a-b.slice:cri-containerd:id` is `a.slice/a-b.slice/cri-containerd-id.scope` (systemd.slice(5)).
+/// `a-b.slice:cri-containerd:id` is `a.slice/a-b.slice/cri-containerd-id.scope` (systemd.slice(5)), and [`IN_SCOPE`] in it.
 fn systemd_path(slice: &str, prefix: &str, name: &str) -> Option<PathBuf> {
     let slice = if slice.is_empty() {
         "system.slice"
@@ -112,6 +118,7 @@ fn systemd_path(slice: &str, prefix: &str, name: &str) -> Option<PathBuf> {
     } else {
         format!("{prefix}-{name}.scope")
     });
+    path.push(IN_SCOPE);
     Some(path)
 }
 
@@ -440,10 +447,10 @@ mod tests {
             ("/default/abc", "default/abc"),
             (
                 "kubepods-burstable-podu_1.slice:cri-containerd:abc",
-                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podu_1.slice/cri-containerd-abc.scope",
+                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podu_1.slice/cri-containerd-abc.scope/coffer",
             ),
-            (":p:n", "system.slice/p-n.scope"),
-            ("-.slice::n", "n.scope"),
+            (":p:n", "system.slice/p-n.scope/coffer"),
+            ("-.slice::n", "n.scope/coffer"),
         ];
         for (text, expected) in cases {
             assert_eq!(
@@ -528,6 +535,38 @@ mod tests {
             assert!(!cgroup.path().parent().unwrap().exists());
         }
         second.wait().unwrap();
+    }
+
+    /// On cgroup v2, as systemd does to a slice when its settings change; in version 1 there is nothing to take away.
+    #[test]
+    fn controllers_of_a_scope_are_not_taken_away_in_its_slice() {
+        let slice = format!("coffertest{}.slice", std::process::id());
+        let cgroups = plan(&format!("{slice}:cri-containerd:abc")).unwrap();
+        let slices: Vec<PathBuf> = cgroups
+            .iter()
+            .map(|cgroup| cgroup.hierarchy.mount.join(&slice))
+            .collect();
+        slices
+            .iter()
+            .for_each(|slice| fs::create_dir(slice).unwrap());
+        let (mut child, pid) = sleeper();
+        for (cgroup, slice) in cgroups.iter().zip(&slices) {
+            cgroup.join(pid).unwrap();
+            let control = slice.join("cgroup.subtree_control");
+            let handed_on = || fs::read_to_string(&control).unwrap_or_default();
+            let before = handed_on();
+            for controller in before.split_whitespace() {
+                let error = fs::write(&control, format!("-{controller}")).unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::ResourceBusy, "{controller}");
+            }
+            assert_eq!(handed_on(), before);
+        }
+        for (cgroup, slice) in cgroups.iter().zip(&slices) {
+            remove(&[cgroup.path()]).unwrap();
+            // The scope is gone; the slice is systemd's.
+            fs::remove_dir(slice).unwrap();
+        }
+        child.wait().unwrap();
     }
 
     #[test]

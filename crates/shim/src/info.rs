@@ -23,12 +23,21 @@ pub(crate) fn version() -> String {
     format!("{PROGRAM}:\n  Version: {VERSION}\n")
 }
 
-/// The answer to `-info`. Neither recursive read-only mounts nor user namespaces are claimed, so that kubelet does not
-/// send pods that need them.
+/// The options of mounts that are known (features.md, `mountOptions`): those of runc's that the guest's kernel is told. "rro"
+/// among them has containerd say that recursive read-only mounts can be had. Without those that are refused or are not for
+/// a guest's mounts: propagation to the host, and the file systems' own, which are passed on unread.
+const MOUNT_OPTIONS: &str = "\
+    atime bind defaults dev diratime exec noatime nodev nodiratime noexec norelatime nostrictatime nosuid nosymfollow \
+    private ratime rbind rdev rdiratime relatime rexec rnoatime rnodev rnodiratime rnoexec rnorelatime rnostrictatime \
+    rnosuid rnosymfollow ro rprivate rrelatime rro rrw rslave rstrictatime rsuid rsymfollow runbindable rw slave \
+    strictatime suid symfollow unbindable";
+
+/// The answer to `-info`. User namespaces are not claimed, so that kubelet does not send pods that need them.
 pub(crate) fn runtime_info() -> Result<Vec<u8>, protobuf::Error> {
     let features = serde_json::json!({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.2.0",
+        "mountOptions": MOUNT_OPTIONS.split(' ').collect::<Vec<_>>(),
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
             "cgroup": { "v1": false, "v2": true, "systemd": false },
@@ -63,6 +72,14 @@ mod tests {
         assert_eq!(info.features.type_url, FEATURES_TYPE);
         let features: serde_json::Value = serde_json::from_slice(&info.features.value).unwrap();
         assert_eq!(features["linux"]["cgroup"]["v2"], true);
-        assert!(features["mountOptions"].is_null(), "no rro");
+        let options = features["mountOptions"].as_array().unwrap();
+        for option in ["ro", "rro", "rbind", "rslave"] {
+            assert!(options.iter().any(|known| known == option), "{option}");
+        }
+        for refused in ["shared", "rshared"] {
+            assert!(!options.iter().any(|known| known == refused), "{refused}");
+        }
+        let namespaces = features["linux"]["namespaces"].as_array().unwrap();
+        assert!(!namespaces.iter().any(|known| known == "user"));
     }
 }

@@ -204,6 +204,7 @@ impl NodeHost {
             )
             .map_err(storage_error)?;
         Ok(GuestContainer {
+            oom_score_adj: spec.oom_score_adj,
             limits: Some(spec.limits),
             spec_json: spec.guest_spec,
             rootfs: guest_rootfs(rootfs)?,
@@ -231,6 +232,7 @@ impl NodeHost {
             .rootfs(&task.container, &[], tools)
             .map_err(storage_error)?;
         Ok(GuestContainer {
+            oom_score_adj: None,
             limits: None,
             spec_json: pod_spec::shell_spec(&shell.args, task.stdio.terminal, &shell.term),
             rootfs: guest_rootfs(rootfs)?,

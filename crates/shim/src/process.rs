@@ -17,20 +17,12 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 /// Has the OOM killer spare this process (proc(5)): the shim is small, and tells what became of the pod. Its children
-/// inherit that.
+/// inherit that, until the sandbox gives them the pod's own value.
 ///
 /// # Errors
 /// Those of writing to the file; it takes CAP_SYS_RESOURCE.
 pub(crate) fn hide_from_oom_killer() -> io::Result<()> {
     fs::write("/proc/self/oom_score_adj", "-1000")
-}
-
-/// Takes that back for a child, whatever containerd's own value is: a pod's memory is its VMM's.
-///
-/// # Errors
-/// Those of writing to the file.
-pub(crate) fn expose_to_oom_killer(pid: u32) -> io::Result<()> {
-    fs::write(format!("/proc/{pid}/oom_score_adj"), "0")
 }
 
 /// What names a process beyond its end.

@@ -390,12 +390,6 @@ impl Driver for RecordingDriver {
 
     async fn launch(&self, spec: VmSpec) -> Result<Arc<dyn RunningVm>, DriverError> {
         let vm = self.driver.launch(spec).await?;
-        if let Err(error) = process::expose_to_oom_killer(vm.processes().vmm) {
-            tracing::warn!(
-                error = &error as &dyn Error,
-                "the OOM killer spares the VMM"
-            );
-        }
         let recorded = i32::try_from(vm.processes().vmm)
             .map_err(io::Error::other)
             .and_then(ProcessIdentity::of_child)

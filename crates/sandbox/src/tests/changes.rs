@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use driver_fake::Script;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::pod::{Known, Pod, exec, init, interfaces, kind};
 use crate::{CgroupStats, SandboxError, SandboxErrorKind, Status};
@@ -265,6 +265,7 @@ async fn hung_agent_costs_less_than_a_second_and_not_the_last_figures() {
     let never = pod.sandbox.stats("db".parse().unwrap()).await;
     assert_eq!(kind(never), SandboxErrorKind::DeadlineExceeded);
     assert!(begun.elapsed() < SECOND);
+    script.called("Stats db").await;
     let asked = |id: &str| {
         let call = format!("Stats {id}");
         script.calls().iter().filter(|made| **made == call).count()
@@ -275,19 +276,50 @@ async fn hung_agent_costs_less_than_a_second_and_not_the_last_figures() {
         "questions do not pile up"
     );
     script.release("Stats");
-    assert!(usage(&pod, "web").await > 1000);
+    heard_again(&pod, "web", 1000).await;
     stop(&pod, &["web", "db"]).await;
 }
 
-#[tokio::test]
-async fn dead_vm_leaves_the_last_figures() {
+/// Waits for newer figures than those.
+async fn heard_again(pod: &Pod, id: &str, known: u64) {
+    let newer = async { while usage(pod, id).await <= known {} };
+    timeout(SECOND, newer)
+        .await
+        .expect("the guest answers again");
+}
+
+/// As containerd asks for the figures of a pod, again and again: one container after the other.
+#[tokio::test(start_paused = true)]
+async fn hung_agent_costs_all_containers_of_a_pod_together_less_than_a_second() {
     let script = Script::new();
     let pod = Pod::new(&script);
-    pod.run("web", &["sleep"]).await;
-    assert_eq!(usage(&pod, "web").await, 1000);
-    script.die_at("Stats");
-    assert_eq!(usage(&pod, "web").await, 1000);
-    assert_eq!(pod.wait(&init("web")).await, 137);
-    assert_eq!(usage(&pod, "web").await, 1000);
-    pod.clean_up(&["web"]).await;
+    let mut known = Vec::new();
+    for id in ["web", "db", "log"] {
+        pod.run(id, &["sleep"]).await;
+        known.push((id, usage(&pod, id).await));
+    }
+    script.hold("Stats");
+    // Beyond the deadline of a question, after which there is the next.
+    for round in 0..30 {
+        let begun = Instant::now();
+        for (id, last) in &known {
+            assert_eq!(usage(&pod, id).await, *last, "the last that is known");
+        }
+        let took = begun.elapsed();
+        assert!(took < SECOND, "{took:?} in round {round}");
+        sleep(SECOND).await;
+    }
+    for (id, last) in &known {
+        let call = format!("Stats {id}");
+        let asked = script.calls().iter().filter(|made| **made == call).count();
+        assert!((4..=5).contains(&asked), "{id} {asked} times in all");
+        script.release("Stats");
+        heard_again(&pod, id, *last).await;
+        script.hold("Stats");
+    }
+    let begun = Instant::now();
+    tokio::join!(usage(&pod, "web"), usage(&pod, "db"), usage(&pod, "log"));
+    assert!(begun.elapsed() < SECOND, "all at once");
+    script.release("Stats");
+    stop(&pod, &["web", "db", "log"]).await;
 }

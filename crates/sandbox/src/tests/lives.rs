@@ -3,6 +3,9 @@
 
 //! The lives of containers and execs, and the races of containerd's issues 4769, 7496, 8931 and 6860.
 
+use std::fs;
+use std::process::Command;
+
 use driver_fake::{FAKE_VMM_PID, Script};
 use hypervisor::VmExit;
 
@@ -208,6 +211,46 @@ async fn oom_is_told_before_the_exit() {
         ["created web", "started web", "oom web", "exited web 137"]
     );
     pod.clean_up(&["web"]).await;
+}
+
+/// With values above the test's own, which anybody may set.
+#[tokio::test]
+async fn vmm_is_as_precious_as_the_most_precious_container_from_before_that_is_made() {
+    let mut vmm = Command::new("sleep").arg("1000").spawn().unwrap();
+    let file = format!("/proc/{}/oom_score_adj", vmm.id());
+    let score = || fs::read_to_string(&file).unwrap();
+    let script = Script::new().vmm(vmm.id());
+    let pod = Pod::new(&script);
+    pod.create_as("pod", Known::Sandbox).await.unwrap();
+    pod.run("web", &["sleep"]).await;
+    assert_eq!(score(), "0\n", "neither says what it wants");
+    let cases = [
+        ("cheap", 1000, "1000\n"),
+        ("dear", 300, "300\n"),
+        ("job", 600, "300\n"),
+    ];
+    for (id, wanted, expected) in cases {
+        script.hold("CreateContainer");
+        pod.know(id, Known::Precious(wanted));
+        let create = pod.sandbox.create(Pod::task(id));
+        let call = format!("CreateContainer {id}");
+        let seen = async {
+            script.called(&call).await;
+            let seen = score();
+            script.release("CreateContainer");
+            seen
+        };
+        let (created, seen) = tokio::join!(create, seen);
+        created.unwrap();
+        assert_eq!(seen, expected, "{id}");
+    }
+    pod.delete(&init("dear")).await.unwrap();
+    pod.create_as("again", Known::Precious(700)).await.unwrap();
+    assert_eq!(score(), "300\n", "a pod keeps its request");
+    pod.sandbox.terminate().await;
+    pod.nothing_is_left().await;
+    vmm.kill().unwrap();
+    vmm.wait().unwrap();
 }
 
 #[tokio::test]

@@ -68,6 +68,8 @@ pub(super) enum Known {
     Sharer(Vec<HostFolder>),
     /// A container that sleeps, with limits.
     Limited(Limits),
+    /// A container that sleeps, with a value for the node's OOM killer.
+    Precious(i32),
     /// A container that sleeps, and emptyDirs with the files that their disks are in.
     Keeper(Vec<PathBuf>),
 }
@@ -131,6 +133,10 @@ impl Host for FakeHost {
                 limits: Some(limits),
                 ..container(&["sleep"], vec!["layer"])
             }),
+            Some(Known::Precious(adjustment)) => guest(GuestContainer {
+                oom_score_adj: Some(adjustment),
+                ..container(&["sleep"], vec!["layer"])
+            }),
             Some(Known::Keeper(files)) => guest(GuestContainer {
                 volumes: files.iter().map(|file| empty_dir(file)).collect(),
                 ..container(&["sleep"], vec!["layer"])
@@ -177,6 +183,7 @@ fn guest(container: GuestContainer) -> ContainerKind {
 fn container(args: &[&str], serials: Vec<&str>) -> GuestContainer {
     GuestContainer {
         spec_json: spec(args),
+        oom_score_adj: None,
         limits: Some(Limits::default()),
         rootfs: GuestRootfs::Layered(serials.into_iter().map(disk).collect()),
         copied_mounts: Vec::new(),

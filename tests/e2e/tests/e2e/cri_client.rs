@@ -253,16 +253,18 @@ impl Kubelet {
         )
     }
 
-    /// The CPU time of a container in ns, as the list of all containers' figures has it.
-    pub(crate) fn usage_in_list(&self, container: &str) -> u64 {
+    /// The CPU time of containers in ns, as one list of all containers' figures has it.
+    pub(crate) fn usages_in_list<const N: usize>(&self, containers: [&str; N]) -> [u64; N] {
         let request = v1::ListContainerStatsRequest { filter: None };
         let all = call!(self, list_container_stats, request).unwrap().stats;
-        let is_it = |stats: &v1::ContainerStats| {
-            let attributes = stats.attributes.as_ref();
-            attributes.is_some_and(|attributes| attributes.id == container)
-        };
-        let stats = all.into_iter().find(is_it).unwrap();
-        stats.cpu.unwrap().usage_core_nano_seconds.unwrap().value
+        containers.map(|container| {
+            let is_it = |stats: &&v1::ContainerStats| {
+                let attributes = stats.attributes.as_ref();
+                attributes.is_some_and(|attributes| attributes.id == container)
+            };
+            let cpu = all.iter().find(is_it).and_then(|stats| stats.cpu);
+            cpu.unwrap().usage_core_nano_seconds.unwrap().value
+        })
     }
 
     /// The bytes that a pod's eth0 has received and sent.

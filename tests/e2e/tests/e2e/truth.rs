@@ -89,7 +89,7 @@ fn processor_time_over_cri_is_what_the_process_has_measured_and_never_falls() {
         samples.is_sorted_by(|a, b| a.0 <= b.0 && a.1 <= b.1),
         "{samples:?}"
     );
-    assert_eq!(kubelet.usage_in_list(&main), after, "it waits again");
+    assert_eq!(kubelet.usages_in_list([&main]), [after], "it waits again");
     assert_eq!(metrics("k8s.io", &main)["cpu.usage_usec"], after / 1000);
     output(&kubelet, &hand, "echo > /s/end");
     assert_eq!(kubelet.exit_code(&main), 0);
@@ -189,10 +189,12 @@ fn figures_over_cri_of_a_guest_that_hangs_come_within_a_second() {
     let _node = Node::new("figures_over_cri_of_a_guest_that_hangs_come_within_a_second");
     let mut kubelet = Kubelet::new("truth-hang");
     let pod = kubelet.run_pod("truth-hang");
-    let main = kubelet.run(&pod, "main", &IDLE);
+    let containers = ["main", "side", "log"].map(|name| kubelet.run(&pod, name, &IDLE));
+    // One call for all containers of the pod, as a kubelet makes it.
     let timed = || {
         let begun = Instant::now();
-        (kubelet.usage(&main), begun.elapsed())
+        let ids = containers.each_ref().map(String::as_str);
+        (kubelet.usages_in_list(ids), begun.elapsed())
     };
     let (known, usual) = timed();
     let vmm = Pid::from_raw(named("coffer-vmm")[0]);
@@ -202,10 +204,7 @@ fn figures_over_cri_of_a_guest_that_hangs_come_within_a_second() {
     println!("{usual:?} of a guest that is well, then {answers:?}");
     for (figures, took) in answers {
         assert_eq!(figures, known, "the last known");
-        assert!(
-            took < usual + Duration::from_secs(1),
-            "{took:?}, usually {usual:?}"
-        );
+        assert!(took < Duration::from_secs(1), "{took:?}, usually {usual:?}");
     }
-    assert_eq!(output(&kubelet, &main, "echo well"), "well\n");
+    assert_eq!(output(&kubelet, &containers[0], "echo well"), "well\n");
 }

@@ -5,8 +5,10 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::ops::Deref;
 use std::path::Path;
+use std::time::Duration;
 
 use e2e::{named, run};
 use k8s_cri::v1;
@@ -29,12 +31,19 @@ struct InCgroup {
     _cgroup: PodCgroup,
 }
 
-struct PodCgroup;
+/// A cgroup that kubelet has made, by its path; it goes with its empty parents.
+struct PodCgroup(&'static str);
+
+impl PodCgroup {
+    fn new(path: &'static str) -> Self {
+        fs::create_dir_all(format!("/sys/fs/cgroup{path}")).unwrap();
+        Self(path)
+    }
+}
 
 impl InCgroup {
     fn new() -> Self {
-        fs::create_dir_all(format!("/sys/fs/cgroup{CGROUP}")).unwrap();
-        let cgroup = PodCgroup;
+        let cgroup = PodCgroup::new(CGROUP);
         let of_pod = |config: &mut v1::PodSandboxConfig| {
             config.labels = map("app", "shop");
             config.annotations = map("kubernetes.io/config.source", "api");
@@ -57,7 +66,7 @@ impl Deref for InCgroup {
 
 impl Drop for PodCgroup {
     fn drop(&mut self) {
-        for path in Path::new(CGROUP)
+        for path in Path::new(self.0)
             .ancestors()
             .filter(|path| path.parent().is_some())
         {
@@ -206,6 +215,42 @@ fn every_process_of_the_pod_on_the_host_is_in_the_pods_cgroup() {
             );
         }
     }
+}
+
+/// With the paths of kubelet's systemd driver, and no systemd: what that does to the slice is done here.
+#[test]
+fn pod_in_a_slice_is_in_a_scope_of_its_own_and_keeps_its_controllers() {
+    const SLICE: &str =
+        "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod5f6a7b8c.slice";
+    let _pod = POD.case();
+    let _slice = PodCgroup::new(SLICE);
+    let mut kubelet = Kubelet::new("slice");
+    let pod = kubelet
+        .run_pod_with("slice", |config| {
+            SLICE.clone_into(&mut config.linux.as_mut().unwrap().cgroup_parent);
+        })
+        .unwrap();
+    let id = kubelet.run(&pod, "main", &IDLE);
+    let scope = format!("{SLICE}/cri-containerd-{}.scope", pod.id);
+    let inside = |pid: &i32| {
+        let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        cgroup == format!("0::{scope}/coffer\n")
+    };
+    for program in ["coffer-vmm", "containerd-shim-coffer-v2"] {
+        let processes = named(program).into_iter().filter(inside).count();
+        assert_eq!(processes, 1, "{program}");
+    }
+    let control = format!("/sys/fs/cgroup{SLICE}/cgroup.subtree_control");
+    for controller in ["cpu", "io", "memory", "pids"] {
+        let error = fs::write(&control, format!("-{controller}")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ResourceBusy, "{controller}");
+    }
+    let memory = fs::read_to_string(format!("/sys/fs/cgroup{scope}/memory.current")).unwrap();
+    assert!(memory.trim().parse::<u64>().unwrap() > 1 << 20, "{memory}");
+    kubelet.stop(&id, Duration::ZERO);
+    kubelet.try_stop_pod(&pod.id).unwrap();
+    kubelet.try_remove_pod(&pod.id).unwrap();
+    assert!(!Path::new(&format!("/sys/fs/cgroup{scope}")).exists());
 }
 
 #[test]

@@ -4,13 +4,16 @@
 //! Requests and limits: what is set in the container's cgroup, and that it holds.
 
 use std::collections::HashMap;
+use std::fs;
+use std::path::PathBuf;
 
+use e2e::named;
 use k8s_cri::v1;
 
 use super::client::{Ended, Running};
 use super::shared::Shared;
-use crate::cri_client::resources;
-use crate::volumes::{IDLE, sh};
+use crate::cri_client::{Kubelet, resources};
+use crate::volumes::{IDLE, PodDir, mount, sh};
 
 static POD: Shared<Running> = Shared::new(|| Running::new("resources"));
 
@@ -89,6 +92,74 @@ fn oom_score_adjustment_is_the_processs() {
     };
     let ended = limited(&pod, "score", limits, "cat /proc/self/oom_score_adj");
     assert_eq!(ended.stdout, "999\n");
+}
+
+/// A process's `oom_score_adj`, which is as before at the end.
+struct OomScore {
+    file: PathBuf,
+    before: String,
+}
+
+impl OomScore {
+    fn set(pid: i32, value: &str) -> Self {
+        let file = oom_score_file(pid);
+        let before = fs::read_to_string(&file).unwrap();
+        fs::write(&file, value).unwrap();
+        Self { file, before }
+    }
+}
+
+impl Drop for OomScore {
+    fn drop(&mut self) {
+        fs::write(&self.file, self.before.trim()).unwrap();
+    }
+}
+
+fn oom_score_file(pid: i32) -> PathBuf {
+    format!("/proc/{pid}/oom_score_adj").into()
+}
+
+#[test]
+fn vmm_is_to_the_nodes_oom_killer_what_the_pods_most_precious_container_is() {
+    let _pod = POD.case();
+    // The suite's containerd gives no container a lower value than its own.
+    let _containerd = OomScore::set(named("containerd")[0], "-999");
+    let dir = PodDir::new("precious");
+    let claim = dir.claim("data");
+    let mut kubelet = Kubelet::new("precious");
+    let pod = kubelet.run_pod("precious");
+    let of_the_pod = |program: &str| -> Vec<String> {
+        let cgroup = |pid: &i32| fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        let mine = named(program).into_iter();
+        mine.filter(|pid| cgroup(pid).contains(&pod.id))
+            .map(|pid| fs::read_to_string(oom_score_file(pid)).unwrap())
+            .collect()
+    };
+    assert_eq!(
+        of_the_pod("coffer-vmm"),
+        ["0\n"],
+        "not the pause container's"
+    );
+    // BestEffort, Guaranteed and Burstable, as kubelet numbers them.
+    for (name, value, expected) in [
+        ("best-effort", 1000, "1000\n"),
+        ("guaranteed", -997, "-997\n"),
+        ("burstable", 500, "-997\n"),
+    ] {
+        let id = kubelet.run_with(&pod, name, &IDLE, |config| {
+            config.mounts.push(mount(&claim, "/data", false));
+            config.linux.as_mut().unwrap().resources = Some(v1::LinuxContainerResources {
+                oom_score_adj: value,
+                ..Default::default()
+            });
+        });
+        let inside = kubelet.exec(&id, &sh("cat /proc/1/oom_score_adj")).stdout;
+        assert_eq!(inside, format!("{value}\n"));
+        for program in ["coffer-vmm", "coffer-virtiofsd"] {
+            assert_eq!(of_the_pod(program), [expected], "{program} after {name}");
+        }
+    }
+    assert_eq!(of_the_pod("containerd-shim-coffer-v2"), ["-1000\n"]);
 }
 
 #[test]
@@ -190,7 +261,7 @@ fn limits_that_change_are_told_by_the_status_and_hold() {
 #[test]
 fn processors_of_a_pod_are_its_containers_limits_together() {
     let _pod = POD.case();
-    let mut kubelet = crate::cri_client::Kubelet::new("processors");
+    let mut kubelet = Kubelet::new("processors");
     // Two containers with 500m and 1200m: kubelet gives the sum.
     let change = |config: &mut v1::PodSandboxConfig| {
         config.linux.as_mut().unwrap().resources = Some(resources(128 << 20, 170_000));
