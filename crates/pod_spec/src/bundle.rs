@@ -184,18 +184,17 @@ impl Bundle {
         &self.role
     }
 
-    /// The sandbox that container `id` belongs to: what shim processes are grouped by.
+    /// The sandbox that container `id` belongs to: what shim processes are grouped by. A pod of CRI's is what CRI says it is,
+    /// whatever group its author writes; that is for clients without CRI.
     ///
     /// # Errors
     /// [`SpecError::Id`] if an annotation names no valid sandbox.
     pub fn sandbox(&self, id: &ContainerId) -> Result<SandboxId, SpecError> {
-        if let Some(group) = self.annotation(RUNC_GROUP) {
-            return group.parse().map_err(SpecError::Id);
+        match (&self.role, self.annotation(RUNC_GROUP)) {
+            (Role::Member(sandbox), _) => Ok(sandbox.clone()),
+            (Role::Standalone, Some(group)) => group.parse().map_err(SpecError::Id),
+            (Role::Sandbox, _) | (Role::Standalone, None) => Ok(SandboxId::from(id)),
         }
-        Ok(match &self.role {
-            Role::Member(sandbox) => sandbox.clone(),
-            Role::Sandbox | Role::Standalone => SandboxId::from(id),
-        })
     }
 
     /// The host cgroup that the spec names for the container, empty if none.
@@ -378,12 +377,16 @@ mod tests {
     }
 
     #[test]
-    fn group_annotation_comes_first() {
-        let bundle = bundle(&format!(
-            "{{\"{RUNC_GROUP}\":\"g\",\"{CONTAINER_TYPE}\":\"sandbox\"}}"
-        ))
-        .unwrap();
-        assert_eq!(bundle.sandbox(&id()).unwrap().as_str(), "g");
+    fn group_annotation_is_heeded_outside_cri_alone() {
+        let sandbox_of = |others: &str| {
+            let json = format!("{{\"{RUNC_GROUP}\":\"victim\"{others}}}");
+            bundle(&json).unwrap().sandbox(&id()).unwrap()
+        };
+        assert_eq!(sandbox_of("").as_str(), "victim");
+        let sandbox = format!(",\"{CONTAINER_TYPE}\":\"sandbox\"");
+        assert_eq!(sandbox_of(&sandbox).as_str(), "c1");
+        let member = format!(",\"{CONTAINER_TYPE}\":\"container\",\"{SANDBOX_ID}\":\"pod1\"");
+        assert_eq!(sandbox_of(&member).as_str(), "pod1");
     }
 
     #[test]
