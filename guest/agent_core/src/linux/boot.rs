@@ -9,6 +9,7 @@ use std::path::Path;
 
 use agent_proto::layout;
 use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 use super::cgroup;
 use super::mount::mount_filesystem;
@@ -21,6 +22,13 @@ const NEW_ROOT: &str = "/newroot";
 /// The part of the guest's memory that each processor may keep on its own list of free pages is one in so many. Left alone
 /// that grows to 8 MiB in a small guest, and free page reporting does not see those pages: the host never has them back.
 const PER_CPU_FREE_PAGES: (&str, &str) = ("/proc/sys/vm/percpu_pagelist_high_fraction", "1024");
+
+/// What containers may have open if their spec does not say: systemd's default for services (`DefaultLimitNOFILE=`), and so
+/// what containerd hands on to containers of runc's. The kernel's own, 4096 at most, is too little for many a database.
+const OPEN_FILES: Rlimit = Rlimit {
+    current: Some(1024),
+    maximum: Some(524_288),
+};
 
 /// File system, place in the new root, options.
 const MOUNTS: [(&str, &str, &[&str]); 8] = [
@@ -72,6 +80,15 @@ pub fn set_up() -> Result<(), Error> {
     }
     let (parameter, fraction) = PER_CPU_FREE_PAGES;
     fs::write(parameter, fraction).step(|| format!("writing {parameter}"))?;
+    // How many processes there may be is for `pids.max` to say: the kernel's own limit for each user is made of the memory
+    // that the guest began with. containerd's unit has none either.
+    let no_limit = Rlimit {
+        current: None,
+        maximum: None,
+    };
+    for (resource, limit) in [(Resource::Nofile, OPEN_FILES), (Resource::Nproc, no_limit)] {
+        setrlimit(resource, limit).step(|| format!("setting {resource:?}"))?;
+    }
     set_up_agent()
 }
 

@@ -30,6 +30,9 @@ const END_LIMIT: Duration = Duration::from_secs(10);
 /// `cpu.max` without a period in the spec, in µs (the kernel's default).
 const DEFAULT_PERIOD_US: u64 = 100_000;
 
+/// The file of a cgroup's weight among those that use the same disk.
+const IO_WEIGHT: &str = "io.weight";
+
 /// A value to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Setting {
@@ -66,7 +69,13 @@ pub(super) fn make(
 
 pub(super) fn apply(directory: &Path, setting: &Setting) -> Result<(), Error> {
     let path = directory.join(&setting.file);
-    match write(&path, &setting.value) {
+    let ready = if setting.file == IO_WEIGHT {
+        let switch = Path::new(MOUNT).join("io.cost.qos");
+        weigh_disks(Path::new("/sys/block"), &switch)
+    } else {
+        Ok(())
+    };
+    match ready.and_then(|()| write(&path, &setting.value)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound && setting.optional => Ok(()),
         Err(error) => Err(Error::resource(
             setting.field.clone(),
@@ -80,6 +89,20 @@ pub(super) fn apply(directory: &Path, setting: &Setting) -> Result<(), Error> {
 pub(super) fn write(path: &Path, value: &str) -> io::Result<()> {
     let mut file = fs::OpenOptions::new().write(true).open(path)?;
     io::Write::write_all(&mut file, value.as_bytes())
+}
+
+/// Has the guest's disks heed weights, which they do not by themselves (cgroup-v2.rst, "io.cost.qos"): only a guest with a
+/// weight pays for them. A container's disks are there before its cgroup.
+fn weigh_disks(disks: &Path, switch: &Path) -> io::Result<()> {
+    for disk in fs::read_dir(disks)? {
+        let disk = disk?.path();
+        // Other devices do not queue requests.
+        if disk.join("mq").exists() {
+            let number = fs::read_to_string(disk.join("dev"))?;
+            write(switch, &format!("{} enable=1", number.trim()))?;
+        }
+    }
+    Ok(())
 }
 
 /// The pids in the container's cgroup and those below it.
@@ -428,11 +451,14 @@ fn block_io_settings(block_io: &LinuxBlockIo, all: &mut Vec<Setting>) -> Result<
         "the node's disks are not the guest's",
     )?;
     if let Some(weight) = block_io.weight().filter(|weight| *weight != 0) {
-        all.push(setting(
-            "io.weight",
-            weight.clamp(1, 10_000),
-            "blockIO.weight",
-        ));
+        // 10..=1000 to 1..=10000 (runc, ConvertBlkIOToIOWeightValue).
+        let above = u64::from(weight.clamp(10, 1000)).saturating_sub(10);
+        let weight = above
+            .saturating_mul(9999)
+            .checked_div(990)
+            .unwrap_or(0)
+            .saturating_add(1);
+        all.push(setting(IO_WEIGHT, weight, "blockIO.weight"));
     }
     for (list, key, field) in [
         (
@@ -524,6 +550,34 @@ mod tests {
             let all = of(serde_json::json!({"cpu": {"shares": shares}})).unwrap();
             assert_eq!(all, [pair("cpu.weight", weight)]);
         }
+    }
+
+    #[test]
+    fn ends_of_the_weights_map_to_the_ends_of_cgroup_v2s() {
+        for (weight, io) in [
+            (1, "1"),
+            (10, "1"),
+            (500, "4950"),
+            (1000, "10000"),
+            (u16::MAX, "10000"),
+        ] {
+            let all = of(serde_json::json!({"blockIO": {"weight": weight}})).unwrap();
+            assert_eq!(all, [pair("io.weight", io)]);
+        }
+    }
+
+    #[test]
+    fn disks_that_queue_requests_are_weighed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (disks, switch) = (folder.path().join("block"), folder.path().join("switch"));
+        for (name, number) in [("vda", "254:16\n"), ("ram0", "1:0\n")] {
+            fs::create_dir_all(disks.join(name)).unwrap();
+            fs::write(disks.join(name).join("dev"), number).unwrap();
+        }
+        fs::create_dir(disks.join("vda/mq")).unwrap();
+        fs::write(&switch, "").unwrap();
+        weigh_disks(&disks, &switch).unwrap();
+        assert_eq!(fs::read_to_string(switch).unwrap(), "254:16 enable=1");
     }
 
     #[test]

@@ -16,6 +16,9 @@ use crate::error::Context as _;
 /// The kernel's pools, one for each size.
 const POOLS: &str = "/sys/kernel/mm/hugepages";
 
+/// What of the guest's memory is available, among other things.
+const MEMORY: &str = "/proc/meminfo";
+
 /// No limit is written as the largest number there is, and reserves nothing.
 const NO_LIMIT: u64 = i64::MAX.unsigned_abs();
 
@@ -37,11 +40,12 @@ pub(super) fn reserve(
     limits: &[LinuxHugepageLimit],
     reserved: &mut Vec<Reserved>,
 ) -> Result<(), Error> {
-    reserve_in(Path::new(POOLS), limits, reserved)
+    reserve_in(Path::new(POOLS), Path::new(MEMORY), limits, reserved)
 }
 
 fn reserve_in(
     pools: &Path,
+    memory: &Path,
     limits: &[LinuxHugepageLimit],
     reserved: &mut Vec<Reserved>,
 ) -> Result<(), Error> {
@@ -58,9 +62,16 @@ fn reserve_in(
         if !pool.exists() {
             return Err(refuse("the guest has no pages of this size".to_owned()));
         }
-        let got = change(&pool, |before| before.saturating_add(pages))
-            .step(|| format!("reserving {pages} huge pages of {size}"))?;
-        reserved.push(Reserved { pool, pages: got });
+        let step = || format!("reserving {pages} huge pages of {size}");
+        let room = available(memory).step(step)?.checked_div(page).unwrap_or(0);
+        // A kernel that is asked for more than there is looks for it for minutes, and takes what others need meanwhile.
+        let got = if pages > room {
+            room
+        } else {
+            let got = change(&pool, |before| before.saturating_add(pages)).step(step)?;
+            reserved.push(Reserved { pool, pages: got });
+            got
+        };
         if got < pages {
             return Err(refuse(format!(
                 "the guest's memory has room for {got} of {pages} pages: raise the pod's memory limit"
@@ -90,6 +101,17 @@ fn change(pool: &Path, size: impl FnOnce(u64) -> u64) -> std::io::Result<u64> {
     Ok(read(pool)?.saturating_sub(before))
 }
 
+/// The bytes that programs can still have (proc_meminfo(5), `MemAvailable`).
+fn available(memory: &Path) -> std::io::Result<u64> {
+    let text = fs::read_to_string(memory)?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    let bytes = kib.and_then(|kib| kib.checked_mul(1 << 10));
+    bytes.ok_or_else(|| std::io::Error::other(format!("{} has no MemAvailable", memory.display())))
+}
+
 fn read(pool: &Path) -> std::io::Result<u64> {
     fs::read_to_string(pool)?
         .trim()
@@ -115,7 +137,18 @@ mod tests {
         let pool = dir.path().join("hugepages-2048kB/nr_hugepages");
         fs::create_dir(pool.parent().unwrap()).unwrap();
         fs::write(&pool, pages).unwrap();
+        // Five pages of 2 MiB.
+        let memory = "MemFree:           512 kB\nMemAvailable:      10240 kB\n";
+        fs::write(dir.path().join("meminfo"), memory).unwrap();
         (dir, pool)
+    }
+
+    fn reserve_in(
+        dir: &Path,
+        limits: &[LinuxHugepageLimit],
+        reserved: &mut Vec<Reserved>,
+    ) -> Result<(), Error> {
+        super::reserve_in(dir, &dir.join("meminfo"), limits, reserved)
     }
 
     fn limits(size: &str, limit: u64) -> Vec<LinuxHugepageLimit> {
@@ -131,6 +164,20 @@ mod tests {
         assert_eq!(fs::read(&pool).unwrap(), b"6");
         release(&reserved).unwrap();
         assert_eq!(fs::read(&pool).unwrap(), b"3");
+    }
+
+    #[test]
+    fn more_than_the_memory_has_is_refused_before_the_kernel_looks_for_it() {
+        let (dir, pool) = pools("0");
+        let mut reserved = Vec::new();
+        reserve_in(dir.path(), &limits("2MB", 10 << 20), &mut reserved).unwrap();
+        assert_eq!(fs::read(&pool).unwrap(), b"5");
+        let error = reserve_in(dir.path(), &limits("2MB", 12 << 20), &mut reserved).unwrap_err();
+        assert!(error.to_string().contains("5 of 6 pages"), "{error}");
+        assert_eq!(
+            (fs::read(&pool).unwrap(), reserved.len()),
+            (b"5".to_vec(), 1)
+        );
     }
 
     #[test]

@@ -3,7 +3,8 @@
 
 //! What users of runtimes with a VM per pod complain about most, each complaint a test. Those about volumes (sizeLimit,
 //! subPath, inotify) are with [`volumes`](crate::volumes), those about images and disks with
-//! [`bad_input`](crate::bad_input), those about networks with [`network`](crate::network).
+//! [`bad_input`](crate::bad_input), those about networks with [`network`](crate::network), that about limits of pids with
+//! [`kubernetes`](crate::kubernetes).
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -37,18 +38,15 @@ fn last_output_before_a_fast_exit_is_not_lost() {
     let mut kubelet = Kubelet::new("fast-exit");
     let pod = kubelet.run_pod("fast-exit");
     for attempt in 0..count(10, 200) {
-        let script = format!("seq 1 300; echo the last words of {attempt}");
+        let script = format!("seq 1 2000; echo the last words of {attempt}");
         let container = kubelet.create(&pod, "main", attempt, &sh(&script));
         kubelet.start(&container);
         assert_eq!(kubelet.exit_code(&container), 0);
         // Who removes a container waits for no log.
         kubelet.remove(&container);
         let log = kubelet.log("main", attempt, "stdout");
-        assert_eq!(log.lines().count(), 301, "{log}");
-        assert!(
-            log.ends_with(&format!("the last words of {attempt}\n")),
-            "{log}"
-        );
+        let numbers: String = (1..=2000).map(|number| format!("{number}\n")).collect();
+        assert_eq!(log, format!("{numbers}the last words of {attempt}\n"));
     }
 }
 
@@ -63,7 +61,7 @@ fn exec_with_an_idle_stdin_goes_on_and_sees_its_end() {
         writeln!(stdin, "{line}").unwrap();
         assert_eq!(lines.next().unwrap().unwrap(), line);
         if line == "before" {
-            // The idleness that the complaint is about.
+            // Time itself is what is tested: what ends idle streams does so after 30 s, and nothing tells before.
             thread::sleep(Duration::from_secs(35));
         }
     }
@@ -188,34 +186,6 @@ fn death_of_the_vmm_is_not_reported_as_success() {
     assert!(
         node.log().contains("signal 9"),
         "the log says what ended the VM"
-    );
-}
-
-#[test]
-fn limit_of_pids_is_not_ignored() {
-    let _node = Node::new("limit_of_pids_is_not_ignored");
-    let mut kubelet = Kubelet::new("pids");
-    let pod = kubelet.run_pod("pids");
-    let main = kubelet
-        .create_with(&pod, "main", 0, &IDLE, |config| {
-            let linux = config.linux.as_mut().unwrap();
-            let unified = [("pids.max".to_owned(), "20".to_owned())];
-            linux.resources = Some(v1::LinuxContainerResources {
-                unified: unified.into(),
-                ..Default::default()
-            });
-        })
-        .unwrap();
-    kubelet.start(&main);
-    let bomb = "for i in $(seq 100); do sleep 1000 > /dev/null 2>&1 & done; echo all of them";
-    let refused = kubelet.exec(&main, &sh(bomb));
-    assert!(refused.stderr.contains("fork"), "{refused:?}");
-    assert_eq!(e2e::metrics("k8s.io", &main)["pids.limit"], 20);
-    let other = kubelet.run(&pod, "other", &IDLE);
-    let many = kubelet.exec(&other, &sh(bomb));
-    assert_eq!(
-        many.stdout, "all of them\n",
-        "its neighbour has no such limit: {many:?}"
     );
 }
 
@@ -409,6 +379,7 @@ fn clock_of_the_guest_is_right_also_after_it_stood_still() {
         );
     };
     right("at-first");
+    // Time itself is what is tested: a clock that stood still is behind by as much, which has to be more than is uncertain.
     container.pause().success();
     thread::sleep(Duration::from_secs(5));
     container.resume().success();

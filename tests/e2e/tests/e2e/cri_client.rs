@@ -394,44 +394,6 @@ impl Kubelet {
         call!(self, port_forward, request).unwrap().url
     }
 
-    /// Where a command in a container is reached, with a terminal.
-    pub(crate) fn exec_url(&self, container: &str, command: &[&str]) -> String {
-        let request = v1::ExecRequest {
-            container_id: container.to_owned(),
-            cmd: command.iter().map(|word| (*word).to_owned()).collect(),
-            tty: true,
-            stdin: true,
-            stdout: true,
-            stderr: false,
-        };
-        call!(self, exec, request).unwrap().url
-    }
-
-    /// Where a container's own input and output are reached.
-    pub(crate) fn attach_url(&self, container: &str) -> String {
-        let request = v1::AttachRequest {
-            container_id: container.to_owned(),
-            tty: false,
-            stdin: true,
-            stdout: true,
-            stderr: true,
-        };
-        call!(self, attach, request).unwrap().url
-    }
-
-    /// Renames a container's log and has a new one begun. What the old one has, as [`Self::log`] gives it.
-    pub(crate) fn rotate_log(&self, container: &str, name: &str, attempt: u32) -> String {
-        let log = self.logs.join(format!("{name}_{attempt}.log"));
-        let old = self.logs.join("rotated.log");
-        fs::rename(&log, &old).unwrap();
-        let request = v1::ReopenContainerLogRequest {
-            container_id: container.to_owned(),
-        };
-        call!(self, reopen_container_log, request).unwrap();
-        // Nothing is written to the old one once the call has answered.
-        lines_of(&fs::read_to_string(old).unwrap(), "stdout")
-    }
-
     /// The lines that a container logged to `stream`, without CRI's time stamps and tags.
     pub(crate) fn log(&self, name: &str, attempt: u32, stream: &str) -> String {
         let log = fs::read(self.logs.join(format!("{name}_{attempt}.log"))).unwrap_or_default();

@@ -14,7 +14,7 @@ use k8s_cri::v1;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::cri_client::{Kubelet, resources};
+use crate::cri_client::Kubelet;
 use crate::volumes::{IDLE, PodDir, mount, output, run_with, sh};
 
 const MIB: u64 = 1 << 20;
@@ -175,25 +175,4 @@ fn empty_dir_that_the_host_has_filled_is_the_hosts_own() {
     // Another name: for a second the guest may still know the one that is gone.
     output(&kubelet, &two, "echo again > /data/other");
     assert_eq!(fs::read_to_string(volume.join("other")).unwrap(), "again\n");
-}
-
-#[test]
-fn dev_shm_has_the_size_of_the_pods_or_of_the_volume_over_it() {
-    let _node = Node::new("dev_shm_has_the_size_of_the_pods_or_of_the_volume_over_it");
-    let mut dir = PodDir::new("shm");
-    let mut kubelet = Kubelet::new("shm");
-    let pod = kubelet
-        .run_pod_with("shm", |config| {
-            config.linux.as_mut().unwrap().resources = Some(resources(512 << 20, 0));
-        })
-        .unwrap();
-    let large = dir.memory_dir("large", "128m");
-    let size = "df -k /dev/shm | tail -1 | tr -s ' ' | cut -d' ' -f2";
-    let plain = kubelet.run(&pod, "plain", &IDLE);
-    assert_eq!(output(&kubelet, &plain, size), "65536\n");
-    let full = kubelet.exec(&plain, &sh("dd if=/dev/zero of=/dev/shm/x bs=1M count=65"));
-    assert!(full.stderr.contains("No space left"), "{full:?}");
-    let mounts = vec![mount(&large, "/dev/shm", false)];
-    let with = run_with(&kubelet, &pod, "with", &IDLE, mounts);
-    assert_eq!(output(&kubelet, &with, size), "131072\n");
 }

@@ -70,11 +70,12 @@ fn command_that_is_not_there_is_named() {
 fn user_directory_and_environment_are_the_images() {
     let _node = Node::new("user_directory_and_environment_are_the_images");
     let image = "coffer.test/busybox-user:latest";
-    let script = sh("id -u; id -g; id -G; pwd; echo $COLOUR");
+    // The limit is ctr's own.
+    let script = sh("id -u; id -g; id -G; pwd; echo $COLOUR; ulimit -Hn");
     let output = Container::run_image("user", image, &[], &script).success();
     let lines: Vec<&str> = output.stdout.lines().collect();
     assert_eq!(lines[..2], ["1000", "1000"]);
-    assert_eq!(lines[3..5], ["/home/app", "green"]);
+    assert_eq!(lines[3..], ["/home/app", "green", "1024"]);
 }
 
 #[test]

@@ -219,30 +219,6 @@ fn figures_of_a_vm_that_stands_still_are_the_last_known() {
 }
 
 #[test]
-fn figures_over_cri_grow_with_use() {
-    let _node = Node::new("figures_over_cri_grow_with_use");
-    let mut kubelet = Kubelet::new("stats");
-    let pod = kubelet.run_pod("stats");
-    let one = kubelet.run(&pod, "one", &["sleep", "infinity"]);
-    let two = kubelet.run(&pod, "two", &["sleep", "infinity"]);
-    let mut both = vec![one.clone(), two.clone()];
-    let mut measured = kubelet.measured(&pod);
-    both.sort();
-    measured.sort();
-    assert_eq!(measured, both);
-
-    let before = kubelet.usage(&one);
-    let fill = kubelet.exec(&one, &sh("dd if=/dev/zero of=/dev/shm/fill bs=1M count=32"));
-    assert_eq!(fill.code, 0, "{fill:?}");
-    let after = kubelet.usage(&one);
-    assert!(after.0 > before.0, "{before:?} {after:?}");
-    let grown = (after.1.saturating_sub(before.1)) / MIB;
-    assert!((31..=34).contains(&grown), "{before:?} {after:?}");
-    let other = kubelet.usage(&two);
-    assert!(other.1 < 16 * MIB, "the neighbour's are its own: {other:?}");
-}
-
-#[test]
 fn figures_of_the_sandbox_are_those_of_the_pods_host_processes() {
     let _node = Node::new("figures_of_the_sandbox_are_those_of_the_pods_host_processes");
     let mut kubelet = Kubelet::new("pod-stats");

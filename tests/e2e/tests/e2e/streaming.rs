@@ -1,7 +1,7 @@
 // Copyright The Coffer Authors
 // SPDX-License-Identifier: Apache-2.0
 
-//! What a kubelet streams: port-forward, attach, exec with a terminal, and logs that are rotated.
+//! Port-forward. What else a kubelet streams is with [`kubernetes`](crate::kubernetes).
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
@@ -16,12 +16,7 @@ use crate::cri_client::{Kubelet, Pod};
 use crate::volumes::{PYTHON, import_python};
 use crate::web_socket::WebSocket;
 
-/// Channels of exec and attach.
-const STDIN: u8 = 0;
-const STDOUT: u8 = 1;
-const STATUS: u8 = 3;
-const RESIZE: u8 = 4;
-/// Channels of port-forward.
+/// The channel of port-forward that carries bytes.
 const DATA: u8 = 0;
 
 /// Servers on the loopback addresses of either family, which give back what they get.
@@ -45,10 +40,6 @@ for family, address in ((socket.AF_INET, ('127.0.0.1', 7001)), (socket.AF_INET6,
     threading.Thread(target=serve, args=(listener,)).start()
 print('ready', flush=True)
 ";
-
-fn sh(script: &str) -> [&str; 3] {
-    ["sh", "-c", script]
-}
 
 /// A pod with the servers.
 fn echo_pod(kubelet: &mut Kubelet, name: &str) -> Pod {
@@ -101,6 +92,16 @@ fn forwarded_port_reaches_the_loopback_of_the_guest() {
     let _node = Node::new("forwarded_port_reaches_the_loopback_of_the_guest");
     let mut kubelet = Kubelet::new("forward");
     let pod = echo_pod(&mut kubelet, "forward");
+    // Through the kubelet's own call.
+    for port in [7001_u16, 7002] {
+        let url = kubelet.port_forward(&pod, port);
+        let mut stream = WebSocket::open(&format!("{url}?port={port}"));
+        // Each channel begins with the port.
+        assert_eq!(stream.receive().unwrap().1, port.to_le_bytes());
+        stream.send(DATA, b"over CRI");
+        stream.receive_until(DATA, "over CRI");
+    }
+
     for address in [
         "127.0.0.1:7001",
         "127.0.0.1:7002",
@@ -151,150 +152,4 @@ fn forwarded_port_carries_64_mib_each_way() {
     (&client).read_to_end(&mut got).unwrap();
     sending.join().unwrap();
     assert!(got == pattern(LEN), "{} bytes came back", got.len());
-}
-
-#[test]
-fn port_forward_of_the_kubelet_reaches_the_guest() {
-    let _node = Node::new("port_forward_of_the_kubelet_reaches_the_guest");
-    let mut kubelet = Kubelet::new("kubelet-forward");
-    let pod = echo_pod(&mut kubelet, "kubelet-forward");
-    for port in [7001_u16, 7002] {
-        let url = kubelet.port_forward(&pod, port);
-        let mut stream = WebSocket::open(&format!("{url}?port={port}"));
-        // Each channel begins with the port.
-        assert_eq!(stream.receive().unwrap().1, port.to_le_bytes());
-        stream.send(DATA, b"over CRI");
-        stream.receive_until(DATA, "over CRI");
-    }
-}
-
-#[test]
-fn exec_with_a_terminal_has_its_size_and_its_input() {
-    let _node = Node::new("exec_with_a_terminal_has_its_size_and_its_input");
-    let mut kubelet = Kubelet::new("terminal");
-    let pod = kubelet.run_pod("terminal");
-    let container = kubelet.run(&pod, "main", &["sleep", "infinity"]);
-    let mut stream = WebSocket::open(&kubelet.exec_url(&container, &["sh"]));
-    stream.send(RESIZE, br#"{"Width":100,"Height":40}"#);
-    // The size comes beside the input, not before it.
-    stream.send(
-        STDIN,
-        b"until [ \"$(stty size)\" = '40 100' ]; do sleep 0.1; done; echo si''zed\n",
-    );
-    stream.receive_until(STDOUT, "sized");
-    stream.send(RESIZE, br#"{"Width":33,"Height":7}"#);
-    stream.send(
-        STDIN,
-        b"until [ \"$(stty size)\" = '7 33' ]; do sleep 0.1; done; echo a''gain\n",
-    );
-    stream.receive_until(STDOUT, "again");
-    stream.send(STDIN, b"exit 7\n");
-    let status = String::from_utf8(stream.rest(STATUS)).unwrap();
-    assert!(status.contains("\"7\""), "{status}");
-}
-
-#[test]
-fn attach_comes_and_goes_and_loses_nothing() {
-    let _node = Node::new("attach_comes_and_goes_and_loses_nothing");
-    let mut kubelet = Kubelet::new("attach");
-    let pod = kubelet.run_pod("attach");
-    let command = sh("while read line; do echo got $line; done; echo over");
-    let container = kubelet
-        .create_with(&pod, "main", 0, &command, |config| config.stdin = true)
-        .unwrap();
-    kubelet.start(&container);
-    let mut expected = String::new();
-    for round in 0..3 {
-        let mut stream = WebSocket::open(&kubelet.attach_url(&container));
-        stream.send(STDIN, format!("line {round}\n").as_bytes());
-        stream.receive_until(STDOUT, &format!("got line {round}"));
-        expected.push_str(&format!("got line {round}\n"));
-    }
-    // Two at once see the same output.
-    let mut both = [(); 2].map(|()| WebSocket::open(&kubelet.attach_url(&container)));
-    // An attach is there when its output is; the first line of either may come before the other is.
-    both[0].send(STDIN, b"first\n");
-    both[0].receive_until(STDOUT, "got first");
-    both[1].send(STDIN, b"second\n");
-    for stream in &mut both {
-        stream.receive_until(STDOUT, "got second");
-    }
-    expected.push_str("got first\ngot second\n");
-    drop(both);
-    eventually("the log is whole", || {
-        (kubelet.log("main", 0, "stdout").len() >= expected.len()).then_some(())
-    });
-    assert_eq!(kubelet.log("main", 0, "stdout"), expected);
-}
-
-#[test]
-fn input_once_ends_with_the_first_client() {
-    let _node = Node::new("input_once_ends_with_the_first_client");
-    let mut kubelet = Kubelet::new("once");
-    let pod = kubelet.run_pod("once");
-    let container = kubelet
-        .create_with(&pod, "main", 0, &sh("cat; echo over"), |config| {
-            config.stdin = true;
-            config.stdin_once = true;
-        })
-        .unwrap();
-    kubelet.start(&container);
-    let mut stream = WebSocket::open(&kubelet.attach_url(&container));
-    stream.send(STDIN, b"all there is\n");
-    stream.receive_until(STDOUT, "all there is");
-    drop(stream);
-    assert_eq!(kubelet.exit_code(&container), 0);
-    eventually("the log is whole", || {
-        (kubelet.log("main", 0, "stdout") == "all there is\nover\n").then_some(())
-    });
-}
-
-#[test]
-fn rotated_log_loses_no_line() {
-    let _node = Node::new("rotated_log_loses_no_line");
-    let mut kubelet = Kubelet::new("rotated");
-    let pod = kubelet.run_pod("rotated");
-    let script = "i=0; while [ $i -lt 3000 ]; do i=$((i+1)); echo line $i; done; echo end";
-    let container = kubelet.run(&pod, "main", &sh(script));
-    let mut log = String::new();
-    for _ in 0..5 {
-        eventually("there is something to rotate", || {
-            (!kubelet.log("main", 0, "stdout").is_empty()).then_some(())
-        });
-        let last = kubelet.log("main", 0, "stdout").ends_with("end\n");
-        if last {
-            break;
-        }
-        log.push_str(&kubelet.rotate_log(&container, "main", 0));
-    }
-    assert_eq!(kubelet.exit_code(&container), 0);
-    eventually("the log is whole", || {
-        kubelet
-            .log("main", 0, "stdout")
-            .ends_with("end\n")
-            .then_some(())
-    });
-    log.push_str(&kubelet.log("main", 0, "stdout"));
-    let expected: String = (1..=3000)
-        .map(|number| format!("line {number}\n"))
-        .collect();
-    assert_eq!(log, expected + "end\n");
-}
-
-#[test]
-fn logs_of_short_containers_are_complete() {
-    let _node = Node::new("logs_of_short_containers_are_complete");
-    let mut kubelet = Kubelet::new("short");
-    let pod = kubelet.run_pod("short");
-    let expected: String = (1..=2000).map(|number| format!("{number}\n")).collect();
-    for attempt in 0..12 {
-        let container = kubelet.create(&pod, "main", attempt, &["seq", "1", "2000"]);
-        kubelet.start(&container);
-        assert_eq!(kubelet.exit_code(&container), 0);
-        kubelet.remove(&container);
-        eventually("the log is whole", || {
-            (kubelet.log("main", attempt, "stdout").len() >= expected.len()).then_some(())
-        });
-        assert_eq!(kubelet.log("main", attempt, "stdout"), expected);
-    }
 }

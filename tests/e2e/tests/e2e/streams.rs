@@ -96,7 +96,7 @@ fn stdin_is_read_to_its_end() {
 
 #[test]
 fn stdin_of_an_exec_is_read_to_its_end() {
-    let _node = Node::new("stdin_of_an_exec_is_read_to_its_end");
+    let node = Node::new("stdin_of_an_exec_is_read_to_its_end");
     let container = Container::start("exec-stdin", &["sleep", "infinity"]);
     let mut exec = container.spawn_exec("cat", &["cat"]);
     let mut stdin = exec.stdin.take().unwrap();
@@ -110,6 +110,25 @@ fn stdin_of_an_exec_is_read_to_its_end() {
     writer.join().unwrap().unwrap();
     assert!(exec.wait().unwrap().success());
     assert_eq!(text.len(), 1 << 20);
+
+    // And of one that does not read it, the log says whose it was.
+    let mut deaf = container.spawn_exec("deaf", &sh("exec < /dev/null; sleep infinity"));
+    let mut stdin = deaf.stdin.take().unwrap();
+    let writer = thread::spawn(move || {
+        // How much of it is taken is not what this is about.
+        let _ = stdin.write_all(&[b'y'; 1 << 20]);
+    });
+    eventually("the log names the exec", || {
+        let log = node.log();
+        let mut lines = log.lines().filter(|line| line.contains("stdin broke off"));
+        let names = |line: &str| {
+            line.contains(" container_id=exec-stdin ") && line.contains(" exec_id=deaf ")
+        };
+        lines.any(names).then_some(())
+    });
+    container.kill("SIGKILL").success();
+    deaf.wait().unwrap();
+    writer.join().unwrap();
 }
 
 #[test]

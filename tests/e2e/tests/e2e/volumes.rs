@@ -101,6 +101,16 @@ impl PodDir {
         path
     }
 
+    /// An emptyDir of medium HugePages.
+    pub(crate) fn huge_page_dir(&mut self, name: &str) -> PathBuf {
+        let path = self.empty_dir(name);
+        let place = path.to_str().unwrap();
+        let options = ["-t", "hugetlbfs", "-o", "pagesize=2M", "none", place];
+        run("mount", &options).success();
+        self.mounts.push(path.clone());
+        path
+    }
+
     /// A subPath as kubelet binds it.
     pub(crate) fn sub_path(&mut self, of: &Path, path: &str, volume: &str, number: u32) -> PathBuf {
         let source = of.join(path);
@@ -235,26 +245,6 @@ fn empty_dir_survives_the_restart_of_its_container() {
     eventually("the second run has read what the first wrote", || {
         (kubelet.log("main", 1, "stdout") == "from before\n").then_some(())
     });
-}
-
-#[test]
-fn empty_dir_has_the_pods_fs_group() {
-    let _node = Node::new("empty_dir_has_the_pods_fs_group");
-    let dir = PodDir::new("fs-group");
-    let mut kubelet = Kubelet::new("fs-group");
-    let pod = kubelet.run_pod("fs-group");
-    let volume = dir.empty_dir("data");
-    chown(&volume, None, Some(2000)).unwrap();
-    fs::set_permissions(&volume, fs::Permissions::from_mode(0o2777)).unwrap();
-    let main = run_with(
-        &kubelet,
-        &pod,
-        "main",
-        &IDLE,
-        vec![mount(&volume, "/data", false)],
-    );
-    let script = "stat -c '%a %u %g' /data; touch /data/x; stat -c %g /data/x";
-    assert_eq!(output(&kubelet, &main, script), "2777 0 2000\n2000\n");
 }
 
 #[test]
@@ -515,8 +505,12 @@ while True:
 
 pub(crate) const PYTHON: &str = "coffer.test/python:latest";
 
-/// The image with Python, for CRI too.
+/// The image with Python, for CRI too. The first that wants it waits for it.
 pub(crate) fn import_python() {
+    let there = run("ctr", &["-n", "k8s.io", "images", "ls", "-q"]).success();
+    if there.stdout.lines().any(|name| name == PYTHON) {
+        return;
+    }
     let pass = format!("ctr -n default images export - {PYTHON} | ctr -n k8s.io images import -");
     run("sh", &["-c", &pass]).success();
 }
@@ -628,27 +622,6 @@ fn empty_config_map_is_an_empty_folder() {
     assert_eq!(output(&kubelet, &main, "ls -A /config"), "");
     write(&volume, "..1", &[("key", "made later")]);
     becomes(&kubelet, &main, "cat /config/key", "made later");
-}
-
-#[test]
-fn socket_of_the_host_is_refused_by_name() {
-    let _node = Node::new("socket_of_the_host_is_refused_by_name");
-    let dir = PodDir::new("refused");
-    let mut kubelet = Kubelet::new("refused");
-    let pod = kubelet.run_pod("refused");
-    let socket = dir.path.join("socket");
-    let _socket = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-    for (name, readonly, words) in [
-        ("ro", true, "socket is a socket"),
-        ("rw", false, "sockets, pipes and devices of the host"),
-    ] {
-        let refused = kubelet.create_with(&pod, name, 0, &IDLE, |config| {
-            config.mounts = vec![mount(&socket, "/socket", readonly)];
-        });
-        let started = refused.and_then(|id| kubelet.try_start(&id));
-        let message = started.unwrap_err().message().to_owned();
-        assert!(message.contains(words), "{message}");
-    }
 }
 
 #[test]

@@ -89,17 +89,6 @@ impl WebSocket {
         text
     }
 
-    /// Everything that is left on a channel.
-    pub(crate) fn rest(&mut self, channel: u8) -> Vec<u8> {
-        let mut all = Vec::new();
-        while let Some((from, bytes)) = self.receive() {
-            if from == channel {
-                all.extend(bytes);
-            }
-        }
-        all
-    }
-
     /// A server's frames are not masked, and containerd's are not in parts.
     fn frame(&mut self) -> Option<(u8, Vec<u8>)> {
         let mut head = [0; 2];

@@ -271,3 +271,11 @@ fn file_systems_of_every_container_are_mounted() {
         );
     }
 }
+
+#[test]
+fn process_limits_are_those_of_a_service() {
+    let pod = POD.case();
+    // CRI has no field for them.
+    let script = "ulimit -Sn; ulimit -Hn; ulimit -u";
+    assert_eq!(pod.output(script), "1024\n524288\nunlimited\n");
+}

@@ -154,22 +154,24 @@ fn rotated_log_loses_no_line() {
     let pod = POD.case();
     let script = "i=0; while [ ! -e /stop ]; do i=$((i + 1)); echo $i; done; echo last";
     let id = pod.kubelet.run(&pod.pod, "rotated", &sh(script));
-    pod.kubelet.logs("rotated", 0, "10\n");
     // As kubelet rotates: the file gets another name, and the runtime opens a new one.
     let path = pod.kubelet.log_path("rotated", 0);
-    let old = path.with_extension("log.1");
-    fs::rename(&path, &old).unwrap();
-    pod.kubelet.reopen_log(&id).unwrap();
-    until("the new file is written", || {
-        fs::metadata(&path).is_ok_and(|file| file.len() > 0)
-    });
+    let mut all = String::new();
+    for _ in 0..5 {
+        until("there is something to rotate", || {
+            fs::metadata(&path).is_ok_and(|file| file.len() > 0)
+        });
+        let old = path.with_extension("log.1");
+        fs::rename(&path, &old).unwrap();
+        pod.kubelet.reopen_log(&id).unwrap();
+        // Nothing is written to the old one once the call has answered.
+        all.push_str(&fs::read_to_string(old).unwrap());
+    }
     pod.kubelet.exec(&id, &["touch", "/stop"]);
     assert_eq!(pod.kubelet.exit_code(&id), 0);
     pod.kubelet.logs("rotated", 0, "last\n");
-    let both = [old, path]
-        .map(|path| fs::read_to_string(path).unwrap())
-        .concat();
-    let texts: Vec<&str> = both.lines().map(|line| fields(line).3).collect();
+    all.push_str(&fs::read_to_string(path).unwrap());
+    let texts: Vec<&str> = all.lines().map(|line| fields(line).3).collect();
     let (last, numbers) = texts.split_last().unwrap();
     assert_eq!(*last, "last");
     let wanted: Vec<String> = (1..=numbers.len())

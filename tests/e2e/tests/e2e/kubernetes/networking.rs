@@ -9,11 +9,12 @@ use std::thread;
 use std::time::Duration;
 
 use e2e::{DEADLINE, eventually};
+use k8s_cri::v1;
 
-use super::client::Running;
+use super::client::{Running, security};
 use super::shared::Shared;
 use crate::cri_client::{Kubelet, Pod};
-use crate::volumes::{IDLE, sh};
+use crate::volumes::{IDLE, PodDir, mount, sh};
 
 /// The node's address on the CNI plugin's bridge.
 const NODE: &str = "10.88.0.1";
@@ -270,5 +271,40 @@ fn network_of_a_pod_is_gone_with_it() {
         get(&web.ip, 8080, "/healthz").0,
         200,
         "others are as they were"
+    );
+}
+
+#[test]
+fn packet_filter_of_the_pod_is_set_with_net_admin_alone() {
+    let pod = POD.case();
+    let running = &pod.running;
+    let dir = PodDir::new("web");
+    // The node's own nft, with its libraries.
+    let folder = dir.path.join("nft");
+    let copy = format!(
+        "mkdir {0} && LD_TRACE_LOADED_OBJECTS=1 $(command -v nft) | grep -o '/[^ ]*' | xargs -I@ cp -L @ {0} && cp $(command -v nft) {0}",
+        folder.display()
+    );
+    e2e::run("sh", &["-c", &copy]).success();
+    let filter = "nft() { /nft/ld-linux-x86-64.so.2 --library-path /nft /nft/nft \"$@\"; }; \
+                  heard() { ping -6 -c 1 -W 5 ::1 > /dev/null 2>&1 && echo heard || echo lost; }; heard; \
+                  nft add table ip6 t && nft 'add chain ip6 t out { type filter hook output priority 0; }' && \
+                  nft add rule ip6 t out icmpv6 type echo-request counter drop && heard; \
+                  nft list table ip6 t | grep -c 'counter packets [1-9]'; nft delete table ip6 t && heard";
+    let run = |name: &str, add: &[&str]| {
+        running.script(name, &format!("({filter}) 2>&1"), |config| {
+            config.mounts = vec![mount(&folder, "/nft", true)];
+            security(config).capabilities = Some(v1::Capability {
+                add_capabilities: add.iter().map(|name| (*name).to_owned()).collect(),
+                ..Default::default()
+            });
+        })
+    };
+    let with = run("nft", &["NET_ADMIN"]);
+    assert_eq!(with.stdout, "heard\nlost\n1\nheard\n");
+    let without = run("no-nft", &[]);
+    assert!(
+        without.stdout.contains("Operation not permitted"),
+        "{without:?}"
     );
 }

@@ -16,8 +16,9 @@ use tonic::Code;
 
 use super::client::{Running, until};
 use super::shared::Shared;
-use crate::cri_client::{Kubelet, call};
-use crate::volumes::IDLE;
+use crate::cri_client::{Kubelet, Pod, call};
+use crate::observability::{VCPUS, add_config};
+use crate::volumes::{IDLE, PodDir, mount};
 
 /// Where kubelet puts a burstable pod with the cgroupfs driver.
 const CGROUP: &str = "/kubepods/burstable/pod1b2c3d4e";
@@ -197,8 +198,16 @@ fn host_ipc_is_refused_with_a_reason() {
 #[test]
 fn every_process_of_the_pod_on_the_host_is_in_the_pods_cgroup() {
     let pod = POD.case();
-    let _running = &pod.main;
-    for program in ["coffer-vmm", "containerd-shim-coffer-v2"] {
+    let dir = PodDir::new("pods");
+    let claim = mount(&dir.claim("served"), "/data", false);
+    let served = pod.kubelet.run_with(&pod.pod, "served", &IDLE, |config| {
+        config.mounts = vec![claim]
+    });
+    for program in [
+        "coffer-vmm",
+        "containerd-shim-coffer-v2",
+        "coffer-virtiofsd",
+    ] {
         let processes = named(program);
         assert_eq!(processes.len(), 1, "{program}: {processes:?}");
         let process = processes[0];
@@ -214,6 +223,49 @@ fn every_process_of_the_pod_on_the_host_is_in_the_pods_cgroup() {
                 "a thread of {program}: {of_task}"
             );
         }
+    }
+    pod.discard(&served);
+}
+
+/// A pod that asks for so many virtual CPUs.
+fn annotated(kubelet: &mut Kubelet, name: &str, vcpus: &str) -> Result<Pod, tonic::Status> {
+    kubelet.run_pod_with(name, |config| config.annotations = map(VCPUS, vcpus))
+}
+
+#[test]
+fn annotation_that_the_node_allows_is_obeyed() {
+    let pod = POD.case();
+    let allow = format!("[annotations]\nallow = [{VCPUS:?}]\n");
+    let _config = add_config(pod.node(), &allow);
+    let mut kubelet = Kubelet::new("allowed");
+    let allowed = annotated(&mut kubelet, "allowed", "2").unwrap();
+    let main = kubelet.run(&allowed, "main", &IDLE);
+    assert_eq!(kubelet.exec(&main, &["nproc"]).stdout, "2\n");
+}
+
+#[test]
+fn annotation_that_the_node_does_not_allow_is_refused_by_name() {
+    let _pod = POD.case();
+    let refused = annotated(&mut Kubelet::new("refused"), "refused", "2");
+    let message = refused.err().unwrap().message().to_owned();
+    assert!(
+        message.contains(VCPUS) && message.contains("annotations.allow in the node's config"),
+        "{message}"
+    );
+}
+
+#[test]
+fn annotation_out_of_its_bounds_is_refused_with_them() {
+    let pod = POD.case();
+    let allow = format!("[annotations]\nallow = [{VCPUS:?}]\n");
+    let _config = add_config(pod.node(), &allow);
+    for beyond in ["0", "65", "many"] {
+        let refused = annotated(&mut Kubelet::new("beyond"), "beyond", beyond);
+        let message = refused.err().unwrap().message().to_owned();
+        assert!(
+            message.contains(VCPUS) && message.contains("a whole number from 1 to 64"),
+            "{message}"
+        );
     }
 }
 
@@ -317,12 +369,16 @@ fn safe_sysctls_of_a_pod_are_set_in_its_guest() {
     let mut kubelet = Kubelet::new("sysctls");
     let sysctls = [
         ("kernel.shm_rmid_forced", "1"),
-        ("net.ipv4.ip_local_port_range", "1024\t65000"),
+        ("kernel.msgmax", "10000"),
+        ("fs.mqueue.msg_max", "20"),
+        ("net.ipv4.ip_local_port_range", "2000\t65000"),
+        ("net.ipv4.ping_group_range", "0\t1000"),
         ("net.ipv4.tcp_syncookies", "0"),
         ("net.ipv4.ip_unprivileged_port_start", "80"),
+        ("net.core.somaxconn", "1000"),
     ];
     let with = kubelet.run_pod_with("sysctls", |config| {
-        let sysctls = sysctls.map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let sysctls = sysctls.map(|(key, value)| (key.to_owned(), value.replace('\t', " ")));
         config.linux.as_mut().unwrap().sysctls = HashMap::from(sysctls);
     });
     let container = kubelet.run(&with.unwrap(), "main", &IDLE);
@@ -338,56 +394,26 @@ fn safe_sysctls_of_a_pod_are_set_in_its_guest() {
 }
 
 #[test]
-fn sysctl_that_the_guest_does_not_have_is_refused_by_name() {
+fn sysctl_that_is_not_the_pods_is_refused_by_name() {
     let _pod = POD.case();
     let before = named("coffer-vmm").len();
     let mut kubelet = Kubelet::new("no-sysctl");
-    let refused = kubelet.run_pod_with("no-sysctl", |config| {
-        config.linux.as_mut().unwrap().sysctls = map("kernel.shm_no_such_thing", "1");
-    });
-    let message = refused.err().unwrap().message().to_owned();
-    assert!(
-        message.contains("kernel.shm_no_such_thing")
-            || message.contains("kernel/shm_no_such_thing"),
-        "{message}"
-    );
+    for key in [
+        "vm.max_map_count",
+        "kernel.pid_max",
+        "kernel.shm_no_such_thing",
+        "net.ipv4.no_such_parameter",
+    ] {
+        let refused = kubelet.run_pod_with("no-sysctl", |config| {
+            config.linux.as_mut().unwrap().sysctls = map(key, "1");
+        });
+        let message = refused.err().unwrap().message().to_owned();
+        assert!(
+            message.contains(key) || message.contains(&key.replace('.', "/")),
+            "{message}"
+        );
+    }
     until("nothing of it runs", || named("coffer-vmm").len() == before);
-}
-
-#[test]
-fn processes_of_a_pod_see_each_other_if_it_shares_its_process_namespace() {
-    let _pod = POD.case();
-    let mut kubelet = Kubelet::new("share-pid");
-    let shared = i32::from(v1::NamespaceMode::Pod);
-    let pod = kubelet
-        .run_pod_with("share-pid", |config| {
-            let linux = config.linux.as_mut().unwrap();
-            let security = linux.security_context.as_mut().unwrap();
-            security.namespace_options.as_mut().unwrap().pid = shared;
-        })
-        .unwrap();
-    let run = |name: &str, command: &[&str]| {
-        kubelet.run_with(&pod, name, command, |config| {
-            let security = super::client::security(config);
-            security.namespace_options.as_mut().unwrap().pid = shared;
-        })
-    };
-    let one = run("one", &["sleep", "4444"]);
-    let two = run("two", &IDLE);
-    let namespace = |container: &str| {
-        kubelet
-            .exec(container, &["readlink", "/proc/self/ns/pid"])
-            .stdout
-    };
-    assert_eq!(namespace(&one), namespace(&two));
-    let find = "grep -l ^sleep.4444 /proc/[0-9]*/cmdline | cut -d/ -f3";
-    let pid = kubelet.exec(&two, &["sh", "-c", find]).stdout;
-    assert_ne!(pid.trim(), "", "the neighbour's process is there");
-    assert_ne!(pid.trim(), "1", "which is the pod's own");
-    let killed = kubelet.exec(&two, &["kill", "-KILL", pid.trim()]);
-    assert_eq!(killed.code, 0, "{killed:?}");
-    assert_eq!(kubelet.exit_code(&one), 137);
-    assert_eq!(kubelet.exec(&two, &["true"]).code, 0, "the pod goes on");
 }
 
 #[test]

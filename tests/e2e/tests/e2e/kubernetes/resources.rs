@@ -10,10 +10,10 @@ use std::path::PathBuf;
 use e2e::named;
 use k8s_cri::v1;
 
-use super::client::{Ended, Running};
+use super::client::{Ended, Running, image};
 use super::shared::Shared;
 use crate::cri_client::{Kubelet, resources};
-use crate::volumes::{IDLE, PodDir, mount, sh};
+use crate::volumes::{IDLE, PYTHON, PodDir, import_python, mount, sh};
 
 static POD: Shared<Running> = Shared::new(|| Running::new("resources"));
 
@@ -165,26 +165,18 @@ fn vmm_is_to_the_nodes_oom_killer_what_the_pods_most_precious_container_is() {
 #[test]
 fn pids_limit_stops_a_fork_bomb_and_not_its_neighbour() {
     let pod = POD.case();
-    let limits = v1::LinuxContainerResources {
-        unified: HashMap::from([("pids.max".to_owned(), "16".to_owned())]),
-        ..Default::default()
-    };
-    let script = "cat /sys/fs/cgroup/pids.max; (for i in $(seq 1 40); do sleep 100 >/dev/null 2>&1 & done) 2>&1 | grep -c -i 'resource'; \
-                  cat /sys/fs/cgroup/pids.events";
-    let ended = limited(&pod, "bomb", limits, script);
-    let lines: Vec<&str> = ended.stdout.lines().collect();
-    assert_eq!(lines.first(), Some(&"16"), "{ended:?}");
-    let refused: u32 = lines
-        .last()
-        .unwrap()
-        .trim_start_matches("max ")
-        .parse()
-        .unwrap();
-    assert!(refused > 0, "{ended:?}");
-    assert_eq!(
-        pod.output("for i in $(seq 1 40); do sleep 0.2 & done; wait; echo all"),
-        "all\n"
-    );
+    let id = pod.kubelet.run_with(&pod.pod, "bomb", &IDLE, |config| {
+        config.linux.as_mut().unwrap().resources = Some(unified("pids.max", "20"));
+    });
+    // Deaf to what ends it politely, and without the pipe that its output comes through.
+    let bomb =
+        "trap '' TERM; for i in $(seq 60); do sleep 1000 > /dev/null 2>&1 & done; echo all of them";
+    let refused = pod.kubelet.exec(&id, &sh(bomb));
+    assert!(refused.stderr.contains("fork"), "{refused:?}");
+    assert_eq!(e2e::metrics("k8s.io", &id)["pids.limit"], 20);
+    pod.discard(&id);
+    let neighbour = pod.output("for i in $(seq 60); do sleep 1 & done; wait; echo all of them");
+    assert_eq!(neighbour, "all of them\n", "it has no such limit");
 }
 
 #[test]
@@ -258,22 +250,204 @@ fn limits_that_change_are_told_by_the_status_and_hold() {
     pod.discard(&id);
 }
 
+/// The memory that a guest's kernel has, in MiB.
+const MEMORY: &str = "awk '/^MemTotal/ { print int($2 / 1024) }' /proc/meminfo";
+
+/// Whether this is the memory of a guest of `guest.default_memory_mib`, less what its kernel has taken for itself.
+#[track_caller]
+fn assert_default_memory(mib: &str) {
+    let mib: u32 = mib.trim().parse().unwrap();
+    assert!((512 - 64..=512).contains(&mib), "{mib} MiB");
+}
+
 #[test]
-fn processors_of_a_pod_are_its_containers_limits_together() {
+fn pod_without_limits_has_the_default_size() {
+    let pod = POD.case();
+    assert_eq!(pod.output("nproc"), "1\n");
+    assert_default_memory(&pod.output(MEMORY));
+}
+
+#[test]
+fn pod_with_cpu_limits_alone_has_their_sum_and_the_default_memory() {
     let _pod = POD.case();
     let mut kubelet = Kubelet::new("processors");
     // Two containers with 500m and 1200m: kubelet gives the sum.
     let change = |config: &mut v1::PodSandboxConfig| {
-        config.linux.as_mut().unwrap().resources = Some(resources(128 << 20, 170_000));
+        config.linux.as_mut().unwrap().resources = Some(resources(0, 170_000));
     };
     let pod = kubelet.run_pod_with("processors", change).unwrap();
     for (name, quota) in [("one", 50_000), ("two", 120_000)] {
         let id = kubelet.run_with(&pod, name, &IDLE, |config| {
-            config.linux.as_mut().unwrap().resources = Some(resources(64 << 20, quota));
+            config.linux.as_mut().unwrap().resources = Some(resources(0, quota));
         });
-        let seen = kubelet
-            .exec(&id, &sh("nproc; cat /sys/fs/cgroup/cpu.max"))
-            .stdout;
+        let output = |script: &str| kubelet.exec(&id, &sh(script)).stdout;
+        let seen = output("nproc; cat /sys/fs/cgroup/cpu.max");
         assert_eq!(seen, format!("2\n{quota} 100000\n"));
+        assert_default_memory(&output(MEMORY));
     }
+}
+
+/// A limit of the container's cgroup that has no field in CRI.
+fn unified(key: &str, value: &str) -> v1::LinuxContainerResources {
+    v1::LinuxContainerResources {
+        unified: HashMap::from([(key.to_owned(), value.to_owned())]),
+        ..Default::default()
+    }
+}
+
+/// Writes 2.25 MiB to a disk and prints the seconds that it takes.
+const WRITE: &str = "now() { cut -d' ' -f1 /proc/uptime; }; begun=$(now); \
+                     dd if=/dev/zero of=/v/file bs=64k count=36 conv=fsync 2>/dev/null && echo $begun $(now)";
+
+#[test]
+fn write_takes_as_long_as_io_max_says() {
+    let pod = POD.case();
+    let dir = PodDir::new("resources");
+    let volume = dir.empty_dir("written");
+    let run = |name: &str, limits: v1::LinuxContainerResources, script: &str| {
+        let ended = pod.script(name, script, |config| {
+            config.mounts = vec![mount(&volume, "/v", false)];
+            config.linux.as_mut().unwrap().resources = Some(limits);
+        });
+        ended.stdout
+    };
+    let device = "awk '$5 == \"/v\" { print $3 }' /proc/self/mountinfo";
+    let device = run("device", resources(0, 0), device);
+    let limit = format!("{} wbps=1048576", device.trim());
+    let script = format!("cat /sys/fs/cgroup/io.max; {WRITE}");
+    let limited = run("limited", unified("io.max", &limit), &script);
+    let (set, times) = limited.split_once('\n').unwrap();
+    assert_eq!(
+        set,
+        format!(
+            "{} rbps=max wbps=1048576 riops=max wiops=max",
+            device.trim()
+        )
+    );
+    let (begun, done) = times.trim().split_once(' ').unwrap();
+    let [begun, done] = [begun, done].map(|seconds| seconds.parse::<f64>().unwrap());
+    // A slice of the throttle, a tenth of a second, passes at once.
+    assert!(done - begun >= 2.0, "{times}");
+}
+
+#[test]
+fn io_weight_has_disks_heed_weights() {
+    let pod = POD.case();
+    let dir = PodDir::new("resources");
+    let volume = dir.empty_dir("weighed");
+    let script = "dd if=/dev/zero of=/v/file bs=64k count=16 conv=fsync 2>/dev/null; cd /sys/fs/cgroup && cat io.weight io.stat";
+    let ended = pod.script("weighed", script, |config| {
+        config.mounts = vec![mount(&volume, "/v", false)];
+        config.linux.as_mut().unwrap().resources = Some(unified("io.weight", "500"));
+    });
+    assert!(ended.stdout.starts_with("default 500\n"), "{ended:?}");
+    // The kernel counts costs of disks only where it weighs (blk-iocost.c, ioc_pd_stat).
+    assert!(ended.stdout.contains(" cost.usage="), "{ended:?}");
+}
+
+/// Uses two huge pages in a file, asks for a third, and prints what comes of it.
+const HUGE_PAGES: &str = "import errno, mmap, os
+def pages(name, count):
+    file = os.open(name, os.O_RDWR | os.O_CREAT)
+    os.ftruncate(file, count << 21)
+    return mmap.mmap(file, count << 21)
+two = pages('/huge/two', 2)
+two[0], two[-1] = 1, 2
+limits = [open('/sys/fs/cgroup/hugetlb.2MB.' + name).read().strip() for name in ('max', 'current')]
+print(*limits, [line.split()[1] for line in open('/proc/meminfo') if line.startswith('HugePages_Total')])
+try:
+    pages('/huge/third', 1)
+except OSError as error:
+    print(errno.errorcode[error.errno])
+for name in os.listdir('/huge'):
+    os.unlink('/huge/' + name)
+print('@end')
+";
+
+#[test]
+fn huge_pages_are_the_containers_to_their_limit_and_go_back() {
+    let pod = POD.case();
+    import_python();
+    let mut dir = PodDir::new("resources");
+    let volume = dir.huge_page_dir("huge");
+    let create = |name: &str, bytes: u64| {
+        let command = ["python3", "-c", HUGE_PAGES];
+        pod.kubelet
+            .create_with(&pod.pod, name, 0, &command, |config| {
+                image(config, PYTHON);
+                config.mounts = vec![mount(&volume, "/huge", false)];
+                config.linux.as_mut().unwrap().resources = Some(v1::LinuxContainerResources {
+                    hugepage_limits: vec![v1::HugepageLimit {
+                        page_size: "2MB".to_owned(),
+                        limit: bytes,
+                    }],
+                    ..Default::default()
+                });
+            })
+    };
+    let id = create("huge", 4 << 20).unwrap();
+    pod.kubelet.start(&id);
+    assert_eq!(pod.kubelet.exit_code(&id), 0);
+    pod.kubelet.logs("huge", 0, "@end");
+    assert_eq!(
+        pod.kubelet.log("huge", 0, "stdout"),
+        "4194304 4194304 ['2']\nENOMEM\n@end\n"
+    );
+    pod.kubelet.remove(&id);
+    assert_eq!(
+        pod.output("awk '/^HugePages_Total/ { print $2 }' /proc/meminfo"),
+        "0\n"
+    );
+    // More than the guest has.
+    let refused = create("too-huge", 8 << 30).and_then(|id| pod.kubelet.try_start(&id));
+    let message = refused.unwrap_err().message().to_owned();
+    assert!(message.contains("hugepageLimits[2MB]"), "{message}");
+    assert_eq!(pod.exec("exit 2").code, 2, "the pod lives on");
+}
+
+#[test]
+fn writable_layer_ends_with_its_disk_and_the_pod_lives_on() {
+    let pod = POD.case();
+    let id = pod.kubelet.run(&pod.pod, "full", &IDLE);
+    let executed = |script: &str| pod.kubelet.exec(&id, &sh(script));
+    // `storage.scratch_mib` is 10240: most of it at once, then what is left.
+    let beyond = executed("fallocate -l 11G /beyond");
+    assert!(beyond.stderr.contains("No space left"), "{beyond:?}");
+    let fill = executed(
+        "rm -f /beyond; fallocate -l $(($(df -k / | awk 'END { print $4 }') - 4096))K /most && dd if=/dev/zero of=/rest bs=1M count=16 conv=fsync",
+    );
+    assert!(fill.stderr.contains("No space left"), "{fill:?}");
+    assert_eq!(executed("echo alive; rm /most /rest").stdout, "alive\n");
+    let after = executed("dd if=/dev/zero of=/rest bs=1M count=1 conv=fsync");
+    assert_eq!(after.code, 0, "{after:?}");
+    pod.discard(&id);
+    assert_eq!(pod.output("echo x > /file && cat /file && rm /file"), "x\n");
+}
+
+#[test]
+fn pages_of_a_mapped_hosts_file_are_its_containers() {
+    let pod = POD.case();
+    import_python();
+    let dir = PodDir::new("resources");
+    let hosts = dir.path.join("etc-hosts");
+    fs::write(&hosts, "127.0.0.1 localhost\n").unwrap();
+    let map = "import mmap, os
+file = os.open('/etc/hosts', os.O_RDWR)
+os.ftruncate(file, 96 << 20)
+pages = mmap.mmap(file, 96 << 20)
+for page in range(0, 96 << 20, 4096):
+    pages[page] = 1
+";
+    let id = pod
+        .kubelet
+        .run_with(&pod.pod, "maps", &["python3", "-c", map], |config| {
+            image(config, PYTHON);
+            config.mounts = vec![mount(&hosts, "/etc/hosts", false)];
+            config.linux.as_mut().unwrap().resources = Some(resources(48 << 20, 0));
+        });
+    assert_eq!(pod.kubelet.exit_code(&id), 137);
+    assert_eq!(pod.kubelet.status(&id).reason, "OOMKilled");
+    pod.kubelet.remove(&id);
+    assert_eq!(fs::read_to_string(&hosts).unwrap(), "127.0.0.1 localhost\n");
+    assert_eq!(pod.exec("exit 2").code, 2, "the neighbour runs on");
 }

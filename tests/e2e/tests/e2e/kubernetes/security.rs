@@ -11,7 +11,7 @@ use v1::security_profile::ProfileType;
 
 use super::client::{Ended, Running, field, image, security};
 use super::shared::Shared;
-use crate::volumes::{IDLE, PodDir, mount, sh};
+use crate::volumes::{IDLE, PYTHON, PodDir, import_python, mount, sh};
 
 const USER_IMAGE: &str = "coffer.test/busybox-user:latest";
 
@@ -21,7 +21,8 @@ const DEFAULT_CAPABILITIES: u64 = 0xa804_25fb;
 const CAP_CHOWN: u64 = 1 << 0;
 const CAP_NET_BIND_SERVICE: u64 = 1 << 10;
 const CAP_NET_ADMIN: u64 = 1 << 12;
-const CAP_SYS_ADMIN: u64 = 1 << 21;
+/// All 41 of Linux 6.12.
+const ALL_CAPABILITIES: u64 = 0x1ff_ffff_ffff;
 
 static POD: Shared<Running> = Shared::new(|| Running::new("security"));
 
@@ -214,7 +215,7 @@ fn all_capabilities_are_added() {
         .unwrap();
     // Those that the node's containerd knows; 1.6 knows all of a 5.9 kernel's.
     assert!(
-        last >= 40 && all & ((1 << 41) - 1) == (1 << 41) - 1,
+        last >= 40 && all & ALL_CAPABILITIES == ALL_CAPABILITIES,
         "{all:x}"
     );
 }
@@ -242,6 +243,7 @@ fn masked_paths_are_empty() {
         security(config).masked_paths = paths.map(str::to_owned).to_vec();
     });
     assert_eq!(ended.stdout, "0\n0\n0\n");
+    assert_ne!(pod.output("ls /sys/kernel"), "", "of another container");
 }
 
 #[test]
@@ -258,6 +260,7 @@ fn read_only_paths_cannot_be_written() {
         "{ended:?}"
     );
     assert!(ended.stdout.ends_with("elsewhere\n"), "{ended:?}");
+    pod.output("echo 1 > /proc/sys/kernel/shm_rmid_forced");
 }
 
 /// A script's end under a seccomp profile.
@@ -309,9 +312,14 @@ fn unconfined_container_has_no_seccomp_filter() {
     assert_eq!(ended.stdout, "Seccomp:\t0\nallowed\n");
 }
 
-/// A profile as a node's administrator writes it: everything is allowed but mkdir.
+/// A profile as a node's administrator writes it: everything is allowed but mkdir and links.
 const WITHOUT_MKDIR: &str = r#"{"defaultAction":"SCMP_ACT_ALLOW","architectures":["SCMP_ARCH_X86_64"],
-    "syscalls":[{"names":["mkdir","mkdirat"],"action":"SCMP_ACT_ERRNO","errnoRet":95}]}"#;
+    "syscalls":[{"names":["mkdir","mkdirat","no_such_call"],"action":"SCMP_ACT_ERRNO","errnoRet":95},
+                {"names":["symlink","symlinkat"],"action":"SCMP_ACT_KILL_PROCESS"}]}"#;
+
+/// A profile that leaves it to a program of the node's.
+const ASKS: &str = r#"{"defaultAction":"SCMP_ACT_ALLOW",
+    "syscalls":[{"names":["mkdir"],"action":"SCMP_ACT_NOTIFY"}]}"#;
 
 #[test]
 fn seccomp_profile_of_the_node_is_applied() {
@@ -319,7 +327,7 @@ fn seccomp_profile_of_the_node_is_applied() {
     let dir = PodDir::new("seccomp");
     let profile = dir.path.join("no-mkdir.json");
     fs::write(&profile, WITHOUT_MKDIR).unwrap();
-    let script = "grep ^Seccomp: /proc/self/status; mkdir /folder 2>&1; touch /file && echo others";
+    let script = "grep ^Seccomp: /proc/self/status; mkdir /folder 2>&1; ln -s /a /b; echo $?; touch /file && echo others";
     let ended = under(
         &pod,
         "seccomp-node",
@@ -333,23 +341,34 @@ fn seccomp_profile_of_the_node_is_applied() {
         ended.stdout.contains("Operation not supported"),
         "{ended:?}"
     );
-    assert!(ended.stdout.ends_with("others\n"), "{ended:?}");
+    assert!(ended.stdout.ends_with("159\nothers\n"), "SIGSYS: {ended:?}");
 }
 
 #[test]
-fn seccomp_profile_that_is_not_on_the_node_is_refused() {
+fn seccomp_profile_that_is_missing_or_asks_the_node_is_refused() {
     let pod = POD.case();
-    let refused = pod
-        .kubelet
-        .create_with(&pod.pod, "seccomp-missing", 0, &IDLE, |config| {
+    let dir = PodDir::new("seccomp-refused");
+    let asks = dir.path.join("asks.json");
+    fs::write(&asks, ASKS).unwrap();
+    for (name, profile, reason) in [
+        (
+            "seccomp-missing",
+            "/no/such/profile.json",
+            "/no/such/profile.json",
+        ),
+        ("seccomp-asks", asks.to_str().unwrap(), "SCMP_ACT_NOTIFY"),
+    ] {
+        let refused = pod.kubelet.create_with(&pod.pod, name, 0, &IDLE, |config| {
             security(config).seccomp = Some(v1::SecurityProfile {
                 profile_type: i32::from(ProfileType::Localhost),
-                localhost_ref: "/no/such/profile.json".to_owned(),
+                localhost_ref: profile.to_owned(),
             });
         });
-    let started = refused.and_then(|id| pod.kubelet.try_start(&id));
-    let message = started.unwrap_err().message().to_owned();
-    assert!(message.contains("/no/such/profile.json"), "{message}");
+        // Some releases of containerd make the task only at the start.
+        let started = refused.and_then(|id| pod.kubelet.try_start(&id));
+        let message = started.unwrap_err().message().to_owned();
+        assert!(message.contains(reason), "{message}");
+    }
 }
 
 #[test]
@@ -419,6 +438,7 @@ fn device_that_a_container_may_not_use_cannot_be_opened() {
 #[test]
 fn privileged_container_has_all_of_the_guest_and_nothing_of_the_host() {
     let _pod = POD.case();
+    import_python();
     let mut kubelet = crate::cri_client::Kubelet::new("privileged");
     let privileged_pod = kubelet
         .run_pod_with("privileged", |config| {
@@ -435,30 +455,65 @@ fn privileged_container_has_all_of_the_guest_and_nothing_of_the_host() {
         executed.stdout
     };
     let status = output("cat /proc/self/status");
-    let effective = u64::from_str_radix(&field(&status, "CapEff"), 16).unwrap();
     assert_eq!(
-        effective & (CAP_SYS_ADMIN | CAP_NET_ADMIN),
-        CAP_SYS_ADMIN | CAP_NET_ADMIN
+        u64::from_str_radix(&field(&status, "CapEff"), 16),
+        Ok(ALL_CAPABILITIES)
     );
     assert_eq!(field(&status, "Seccomp"), "0");
-    assert_eq!(
-        output("mkdir /m && mount -t tmpfs tmpfs /m && echo in > /m/file && cat /m/file"),
-        "in\n"
+
+    assert!(fs::exists("/dev/kvm").unwrap(), "the node has one");
+    let devices = output("ls /dev /dev/net");
+    for hosts in ["kvm", "vda", "vhost-net", "loop-control"] {
+        assert!(!devices.lines().any(|name| name == hosts), "{devices}");
+    }
+    for guests in ["null", "kmsg", "fuse", "tun"] {
+        assert!(devices.lines().any(|name| name == guests), "{devices}");
+    }
+    let kernel = output("head -c 1 /dev/kmsg > /dev/null && uname -r");
+    assert!(kernel.ends_with("-coffer\n"), "the guest's: {kernel}");
+    let tunnel = ["python3", "-c", TUNNEL];
+    let tunnel = kubelet.run_with(&privileged_pod, "tunnel", &tunnel, |config| {
+        image(config, PYTHON);
+        security(config).privileged = true;
+    });
+    assert_eq!(kubelet.exit_code(&tunnel), 0);
+    kubelet.logs("tunnel", 0, "through the tunnel\n");
+
+    let swappiness = "/proc/sys/vm/swappiness";
+    let hosts = fs::read_to_string(swappiness).unwrap();
+    output(
+        "mkdir /m && mount -t tmpfs tmpfs /m && mknod /m/zero c 1 5 && head -c 1 /m/zero > /dev/null && \
+         echo 17 > /proc/sys/vm/swappiness && mkdir /sys/fs/cgroup/own && ip link add dummy0 type dummy",
     );
-    assert_eq!(
-        output("ip link add dummy0 type dummy && ip -o link show dummy0 | wc -l"),
-        "1\n"
-    );
-    assert_ne!(
-        output("uname -r"),
-        e2e::run("uname", &["-r"]).stdout,
-        "its kernel is the guest's"
-    );
-    let processes = output("cat /proc/[0-9]*/comm");
-    assert!(!processes.contains("containerd"), "{processes}");
+    assert_eq!(fs::read_to_string(swappiness).unwrap(), hosts);
     assert_eq!(
         e2e::run("ip", &["link", "show", "dummy0"]).code,
         1,
         "the node has none of it"
     );
+    let processes = output("cat /proc/[0-9]*/comm");
+    assert!(!processes.contains("containerd"), "{processes}");
+
+    let plain = kubelet.run(&privileged_pod, "plain", &IDLE);
+    for refused in ["mount -t tmpfs none /tmp", "head -c 1 /dev/kmsg"] {
+        assert_ne!(kubelet.exec(&plain, &sh(refused)).code, 0, "{refused}");
+    }
 }
+
+/// Makes a network interface as a VPN's client does (`TUNSETIFF`, Documentation/networking/tuntap.rst), and takes from
+/// it what is sent to an address behind it.
+const TUNNEL: &str = "import fcntl, os, socket, struct
+tun = os.open('/dev/net/tun', os.O_RDWR)
+fcntl.ioctl(tun, 0x400454ca, struct.pack('16sH22x', b'tun7', 0x1001))
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+address = lambda text: struct.pack('16sHH4s8x', b'tun7', socket.AF_INET, 0, socket.inet_aton(text))
+fcntl.ioctl(udp, 0x8916, address('10.99.0.1'))
+fcntl.ioctl(udp, 0x891c, address('255.255.255.0'))
+fcntl.ioctl(udp, 0x8914, struct.pack('16sH22x', b'tun7', 1))
+udp.sendto(b'through the tunnel', ('10.99.0.2', 7))
+while True:
+    packet = os.read(tun, 2000)
+    if packet[0] >> 4 == 4 and packet[9] == 17:
+        print(packet[28:].decode())
+        break
+";

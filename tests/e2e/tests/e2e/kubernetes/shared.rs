@@ -77,6 +77,14 @@ pub(crate) struct Case<T: 'static> {
     name: String,
 }
 
+impl<T> Case<T> {
+    /// The node that it is on.
+    pub(crate) fn node(&self) -> &Node {
+        let (_, node) = self.state.made.as_ref().unwrap();
+        node
+    }
+}
+
 impl<T> Deref for Case<T> {
     type Target = T;
 

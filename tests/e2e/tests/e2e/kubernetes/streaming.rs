@@ -225,22 +225,52 @@ fn attach_to_a_terminal_follows_its_size() {
 }
 
 #[test]
-fn attach_may_be_left_and_taken_up_again() {
+fn attach_comes_and_goes_and_loses_nothing() {
     let pod = POD.case();
     let script = "while read line; do echo \"<$line>\"; done; echo unreachable";
     let id = pod
         .kubelet
         .run_with(&pod.pod, "again", &sh(script), |config| config.stdin = true);
+    let attach = || Stream::open(&pod.kubelet.url_of_attach(&id, false));
     for word in ["first", "second"] {
-        let mut stream = Stream::open(&pod.kubelet.url_of_attach(&id, false));
+        let mut stream = attach();
         stream.write(format!("{word}\n").as_bytes());
         stream.expect(&format!("<{word}>\n"));
         drop(stream);
         let running = v1::ContainerState::ContainerRunning;
         assert_eq!(pod.kubelet.status(&id).state(), running, "after {word}");
     }
-    pod.kubelet.logs("again", 0, "<first>\n<second>\n");
+    // Two at once see the same output.
+    let (mut one, mut two) = (attach(), attach());
+    // An attach is there when its output is; the first line of either may come before the other is.
+    one.write(b"third\n");
+    one.expect("<third>\n");
+    two.write(b"fourth\n");
+    one.expect("<fourth>\n");
+    two.expect("<fourth>\n");
+    drop((one, two));
+    let all = "<first>\n<second>\n<third>\n<fourth>\n";
+    pod.kubelet.logs("again", 0, all);
+    assert_eq!(pod.kubelet.log("again", 0, "stdout"), all);
     pod.discard(&id);
+}
+
+#[test]
+fn input_once_ends_with_the_first_client() {
+    let pod = POD.case();
+    let id = pod
+        .kubelet
+        .run_with(&pod.pod, "once", &sh("cat; echo over"), |config| {
+            config.stdin = true;
+            config.stdin_once = true;
+        });
+    let mut stream = Stream::open(&pod.kubelet.url_of_attach(&id, false));
+    stream.write(b"all there is\n");
+    stream.expect("all there is");
+    drop(stream);
+    assert_eq!(pod.kubelet.exit_code(&id), 0);
+    pod.kubelet.logs("once", 0, "all there is\nover\n");
+    pod.kubelet.remove(&id);
 }
 
 #[test]

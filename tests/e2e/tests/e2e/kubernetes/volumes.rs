@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
 
 use k8s_cri::v1;
 
@@ -274,13 +275,13 @@ fn fs_group_of_an_empty_dir_is_that_of_what_a_user_writes_in_it() {
     let volume = dir.empty_dir("group");
     std::os::unix::fs::chown(&volume, None, Some(3000)).unwrap();
     fs::set_permissions(&volume, fs::Permissions::from_mode(0o2775)).unwrap();
-    let script = "touch /v/file; mkdir /v/folder; touch /v/folder/file; stat -c '%u:%g' /v/file /v/folder/file";
+    let script = "stat -c '%a %u:%g' /v; touch /v/file; mkdir /v/folder; touch /v/folder/file; stat -c '%u:%g' /v/file /v/folder/file";
     let ended = pod.script("group", script, |config| {
         config.mounts = vec![mount(&volume, "/v", false)];
         security(config).run_as_user = Some(v1::Int64Value { value: 1000 });
         security(config).supplemental_groups = vec![3000];
     });
-    assert_eq!(ended.stdout, "1000:3000\n1000:3000\n");
+    assert_eq!(ended.stdout, "2775 0:3000\n1000:3000\n1000:3000\n");
 }
 
 #[test]
@@ -421,4 +422,55 @@ fn what_one_container_makes_in_an_empty_dir_another_cannot_make_again() {
     );
     pod.discard(&holder);
     pod.discard(&waiter);
+}
+
+#[test]
+fn socket_or_device_of_the_host_is_refused_by_name() {
+    let pod = POD.case();
+    let dir = PodDir::new("volumes");
+    let socket = dir.path.join("socket");
+    let _socket = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let shared = "sockets, pipes and devices of the host";
+    for (name, path, readonly, words) in [
+        ("socket-ro", socket.as_path(), true, "socket is a socket"),
+        ("socket-rw", &socket, false, shared),
+        ("kmsg-ro", Path::new("/dev/kmsg"), true, "kmsg is a"),
+        ("kmsg-rw", Path::new("/dev/kmsg"), false, shared),
+    ] {
+        let refused = pod.kubelet.create_with(&pod.pod, name, 0, &IDLE, |config| {
+            config.mounts = vec![mount(path, path.to_str().unwrap(), readonly)];
+        });
+        let started = refused.and_then(|id| pod.kubelet.try_start(&id));
+        let message = started.unwrap_err().message().to_owned();
+        assert!(message.contains(words), "{message}");
+    }
+}
+
+#[test]
+fn shared_memory_may_be_a_larger_volume() {
+    let pod = POD.case();
+    let mut dir = PodDir::new("volumes");
+    let large = dir.memory_dir("large", "128m");
+    let id = with(&pod, "large-shm", vec![mount(&large, "/dev/shm", false)]);
+    let size = "df -k /dev/shm | tail -1 | tr -s ' ' | cut -d' ' -f2";
+    assert_eq!(output(&pod, &id, size), "131072\n");
+    assert_eq!(pod.output(size), "65536\n", "of another container");
+    pod.discard(&id);
+}
+
+#[test]
+fn single_file_of_the_host_cannot_be_written_if_it_is_read_only() {
+    let pod = POD.case();
+    let dir = PodDir::new("volumes");
+    let file = dir.path.join("license.pem");
+    fs::write(&file, "of the host\n").unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o604)).unwrap();
+    let id = with(&pod, "file", vec![mount(&file, "/etc/app/license", true)]);
+    let script = "cat /etc/app/license; stat -c %a /etc/app/license";
+    assert_eq!(output(&pod, &id, script), "of the host\n604\n");
+    for script in ["echo x >> /etc/app/license", "rm /etc/app/license"] {
+        assert_ne!(pod.kubelet.exec(&id, &sh(script)).code, 0, "{script}");
+    }
+    assert_eq!(fs::read_to_string(&file).unwrap(), "of the host\n");
+    pod.discard(&id);
 }
