@@ -8,7 +8,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 
-use e2e::{DEADLINE, Node, eventually};
+use e2e::{DEADLINE, Node, count, eventually};
 use k8s_cri::v1;
 use nix::sched::{CloneFlags, setns};
 
@@ -137,19 +137,19 @@ fn forwarded_port_reaches_the_loopback_of_the_guest() {
 }
 
 #[test]
-fn forwarded_port_carries_64_mib_each_way() {
-    const LEN: usize = 64 << 20;
-    let _node = Node::new("forwarded_port_carries_64_mib_each_way");
+fn forwarded_port_carries_mebibytes_each_way() {
+    let len = usize::try_from(count(16, 64)).unwrap() << 20;
+    let _node = Node::new("forwarded_port_carries_mebibytes_each_way");
     let mut kubelet = Kubelet::new("bulk");
     echo_pod(&mut kubelet, "bulk");
     let client = dial("127.0.0.1:7001").unwrap();
     let mut writer = client.try_clone().unwrap();
     let sending = thread::spawn(move || {
-        writer.write_all(&pattern(LEN)).unwrap();
+        writer.write_all(&pattern(len)).unwrap();
         writer.shutdown(Shutdown::Write).unwrap();
     });
-    let mut got = Vec::with_capacity(LEN);
+    let mut got = Vec::with_capacity(len);
     (&client).read_to_end(&mut got).unwrap();
     sending.join().unwrap();
-    assert!(got == pattern(LEN), "{} bytes came back", got.len());
+    assert!(got == pattern(len), "{} bytes came back", got.len());
 }

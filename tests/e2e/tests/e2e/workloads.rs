@@ -421,7 +421,7 @@ fn short_pod(name: &str, number: u32) {
 #[test]
 fn short_pods_in_a_row_come_and_go() {
     let _node = Node::new("short_pods_in_a_row_come_and_go");
-    for number in 0..count(10, 200) {
+    for number in 0..count(5, 200) {
         short_pod(&format!("row-{number}"), number);
     }
 }
