@@ -23,7 +23,7 @@ use crate::{apt, build, check, images, kernel, kernel_selftest, process, workspa
 /// The longest time for the tests of all crates, compilation included.
 const CRATE_TESTS_LIMIT: Duration = Duration::from_secs(20 * 60);
 /// The longest time for what runs in the node; on 2 cores under emulation.
-const NODE_TESTS_LIMIT: Duration = Duration::from_secs(45 * 60);
+const NODE_TESTS_LIMIT: Duration = Duration::from_secs(30 * 60);
 /// The same when they soak.
 const SOAK_LIMIT: Duration = Duration::from_secs(4 * 60 * 60);
 /// What a run from nothing writes below the checkout and into the cache, in MiB.

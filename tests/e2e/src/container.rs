@@ -150,12 +150,16 @@ impl Drop for Container {
 }
 
 /// What `ctr task metrics` says of a task in a namespace of containerd: "cpu.usage_usec", "memory.usage",
-/// "pids.current" and so on.
+/// "pids.current" and so on. A guest that has been too busy to answer in the time that figures may take is asked again.
 ///
 /// # Panics
 /// If containerd cannot say.
 pub fn metrics(namespace: &str, id: &str) -> HashMap<String, u64> {
-    let table = run("ctr", &["-n", namespace, "task", "metrics", id]).success();
+    let table = eventually("the guest says what it uses", || {
+        let output = run("ctr", &["-n", namespace, "task", "metrics", id]);
+        (!output.stderr.contains("no metrics received")).then_some(output)
+    });
+    let table = table.success();
     let line = |line: &str| {
         let mut words = line.split_whitespace();
         Some((words.next()?.to_owned(), words.next()?.parse().ok()?))

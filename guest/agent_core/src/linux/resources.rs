@@ -69,6 +69,9 @@ fn update(directory: &Path, resources: &LinuxResources) -> Result<(), Error> {
         .iter()
         .map(|setting| Ok((setting, previous(directory, setting, &vcpus)?)))
         .collect::<Result<Vec<_>, Error>>()?;
+    for (setting, value) in &before {
+        check_huge_pages(setting, value.as_deref())?;
+    }
     for (done, setting) in settings.iter().enumerate() {
         if let Err(error) = cgroup::apply(directory, setting) {
             for (setting, value) in before.iter().take(done).rev() {
@@ -96,6 +99,25 @@ fn check_usage(directory: &Path, resources: &LinuxResources) -> Result<(), Error
             "memory.limit",
             format!("{limit} is less than the {usage} bytes in use"),
         )),
+        _ => Ok(()),
+    }
+}
+
+/// Huge pages are reserved for a container when it is made: its limit can only fall.
+fn check_huge_pages(setting: &Setting, previous: Option<&str>) -> Result<(), Error> {
+    let bytes = |text: &str| match text.trim() {
+        "max" => Some(u64::MAX),
+        number => number.parse::<u64>().ok(),
+    };
+    match (bytes(&setting.value), previous.and_then(bytes)) {
+        (Some(wanted), Some(limit)) if setting.file.starts_with("hugetlb.") && wanted > limit => {
+            Err(Error::resource(
+                setting.field.clone(),
+                format!(
+                    "{wanted} bytes are more than the {limit} that are reserved: make the container anew"
+                ),
+            ))
+        }
         _ => Ok(()),
     }
 }
@@ -219,6 +241,24 @@ mod tests {
         assert!(error.to_string().contains("5000 bytes in use"), "{error}");
         update(folder.path(), &resources(json(false))).unwrap();
         assert_eq!(read(&folder, "memory.max"), "4096");
+    }
+
+    #[test]
+    fn limit_for_huge_pages_cannot_grow() {
+        let folder = folder(&[("hugetlb.2MB.max", "4194304\n"), ("memory.max", "max\n")]);
+        let json = |pages: u64| {
+            let limits = serde_json::json!([{"pageSize": "2MB", "limit": pages << 21}]);
+            serde_json::json!({"memory": {"limit": 4096}, "hugepageLimits": limits})
+        };
+        let error = update(folder.path(), &resources(json(3))).unwrap_err();
+        assert!(
+            error.to_string().contains("make the container anew"),
+            "{error}"
+        );
+        assert_eq!(read(&folder, "memory.max"), "max\n");
+        update(folder.path(), &resources(json(2))).unwrap();
+        update(folder.path(), &resources(json(1))).unwrap();
+        assert!(read(&folder, "hugetlb.2MB.max").starts_with("2097152"));
     }
 
     #[test]
