@@ -46,7 +46,9 @@ use crate::status::{status, to_status};
 const READY: &str = "SANDBOX_READY";
 const NOT_READY: &str = "SANDBOX_NOTREADY";
 
-/// The keys of a verbose status.
+/// The keys of a verbose status; pid and state are there twice, as shimtest wants them.
+const PID: &str = "pid";
+const STATE: &str = "state";
 const DUMP: &str = "dump";
 const NETWORK: &str = "networkSandboxPath";
 
@@ -297,6 +299,9 @@ impl Sandbox for SandboxService {
             response.exited_at = exited_at(exit);
         }
         if request.verbose {
+            let pid = response.pid.to_string();
+            response.info.insert(PID.to_owned(), pid);
+            response.info.insert(STATE.to_owned(), name.to_owned());
             if let Some(path) = &pod.network_namespace {
                 let path = path.display().to_string();
                 response.info.insert(NETWORK.to_owned(), path);

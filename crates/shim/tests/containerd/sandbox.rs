@@ -215,6 +215,8 @@ async fn sandbox_outlives_its_containers_and_ends_with_its_stop() {
         ("SANDBOX_READY", started.pid, POD)
     );
     assert_eq!(status.created_at, started.created_at);
+    assert_eq!(status.info["pid"], status.pid.to_string());
+    assert_eq!(status.info["state"], status.state);
     let dump: serde_json::Value = serde_json::from_str(&status.info["dump"]).unwrap();
     assert_eq!(dump["sandbox_id"], POD);
     pod.ping().await.unwrap();
