@@ -365,15 +365,26 @@ pub(crate) fn remove(cgroups: &[PathBuf]) -> Result<(), CgroupError> {
     removed
 }
 
+/// Removes a cgroup, and the parents that it leaves empty. One that is not there may have such parents too: who made them was
+/// killed before it came to the last.
 fn remove_one(cgroup: &Path, deadline: Option<Instant>) -> Result<(), CgroupError> {
-    if !is_ours(cgroup) {
-        return Ok(());
+    if is_ours(cgroup) {
+        empty_and_remove(cgroup, deadline)?;
     }
+    for path in cgroup.ancestors() {
+        if path.exists() && (!is_ours(path) || fs::remove_dir(path).is_err()) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn empty_and_remove(cgroup: &Path, deadline: Option<Instant>) -> Result<(), CgroupError> {
     loop {
         let empty = kill_all(cgroup)?;
         match fs::remove_dir(cgroup) {
-            Ok(()) => break,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) if empty && error.kind() != io::ErrorKind::ResourceBusy => {
                 return Err(io_error("remove cgroup", cgroup)(error));
             }
@@ -383,14 +394,6 @@ fn remove_one(cgroup: &Path, deadline: Option<Instant>) -> Result<(), CgroupErro
             Err(_) => std::thread::sleep(EMPTY_POLL),
         }
     }
-    let mut parent = cgroup.parent();
-    while let Some(path) = parent.filter(|path| is_ours(path)) {
-        if fs::remove_dir(path).is_err() {
-            break;
-        }
-        parent = path.parent();
-    }
-    Ok(())
 }
 
 /// Whether the cgroup held no process.
@@ -567,6 +570,26 @@ mod tests {
             fs::remove_dir(slice).unwrap();
         }
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn parents_of_a_cgroup_that_was_never_made_are_removed() {
+        let slice = format!("coffer-half-{}.slice", std::process::id());
+        for cgroup in plan(&format!("{slice}:cri-containerd:abc")).unwrap() {
+            cgroup.make().unwrap();
+            let leaf = cgroup.path();
+            let scope = leaf.parent().unwrap();
+            let slice = scope.parent().unwrap();
+            fs::remove_dir(&leaf).unwrap();
+            remove(std::slice::from_ref(&leaf)).unwrap();
+            assert!(!slice.exists(), "with the scope in it");
+            // Killed earlier still.
+            cgroup.make().unwrap();
+            fs::remove_dir(&leaf).unwrap();
+            fs::remove_dir(scope).unwrap();
+            remove(std::slice::from_ref(&leaf)).unwrap();
+            assert!(!slice.exists());
+        }
     }
 
     #[test]
