@@ -50,10 +50,10 @@ use crate::traffic::PodTraffic;
 const FIRST_TASK_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long the last answers may take to reach containerd, on a node whose processors are busy. Nothing is asked of the VM
-/// any more, so it is reached only if something is stuck.
+/// any more, so it is reached only if something is stuck. A `delete` that comes meanwhile ends the shim after 2 s.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long the last events may take to reach containerd. `delete` gives the shim 2 s in all.
+/// How long the last events may take to reach containerd.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 /// A shim waits for most of its life; blocking work is a file here and a program there.
